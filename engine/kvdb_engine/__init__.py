@@ -1,0 +1,1 @@
+"""The model: architecture, state, packing, sampling, tokenizer, chat format and the worker process."""

@@ -1,0 +1,1 @@
+"""Bytes only: the formats kvdb speaks and stores. No I/O, nothing imported from the other packages."""
