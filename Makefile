@@ -1,0 +1,68 @@
+# Every target sets up its own virtual environment on first use: Python >= 3.11 and make are all a fresh machine needs.
+#
+#   make demo     the whole path on a scratch directory, with one table at the end
+#   make serve    run the daemon (DIR=kvdb-data PORT=6374 ARGS="--maxstore 4gb ...")
+#   make cli      talk to it (ARGS="PING")
+#   make test     the tests
+#   make check    format, lint, types, tests, docs, in that order: what CI runs
+#   make clean    remove the environment and caches (never a data directory)
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DIR ?= kvdb-data
+PORT ?= 6374
+ARGS ?=
+
+# The first interpreter that is new enough: macOS ships an old `python3`, so newer names are tried too.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+
+.PHONY: demo serve cli test check format lint types docs clean ready help
+
+help:
+	@sed -n '3,9s/^# *//p' Makefile
+
+# `engine` is MLX and what it needs, `fastblas` a faster matrix product for Linux CPUs, `dev` the tests' own tools.
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "kvdb needs Python 3.11 or newer; none was found (set PYTHON=...)"; exit 1; }
+	@started=$$(date +%s); \
+	echo "setting up $(VENV) with $$($(PYTHON) --version) ..."; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || exit 1; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[engine,fastblas,dev]' || exit 1; \
+	touch $(READY); \
+	echo "set up in $$(( $$(date +%s) - started )) s"
+	@if [ "$$(uname -s)" = Linux ] && ! PATH=$$PATH:/sbin ldconfig -p 2>/dev/null | grep -q libgfortran.so.5; then \
+	echo "note: libgfortran5 is not installed; the engine works, but slowly (apt-get install libgfortran5)"; fi
+
+ready: $(READY)
+
+demo: $(READY)
+	$(BIN)/kvdb-demo $(ARGS)
+
+serve: $(READY)
+	@mkdir -p $(DIR)
+	$(BIN)/kvdb-server --dir $(DIR) --port $(PORT) $(ARGS)
+
+cli: $(READY)
+	@$(BIN)/kvdb-cli -p $(PORT) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: format lint types test docs
+
+format: $(READY)
+	$(BIN)/ruff format --check .
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m kvdb_tools.doccheck .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
