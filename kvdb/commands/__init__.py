@@ -1,0 +1,1 @@
+"""The commands: one declarative table, one module of handlers for each group."""

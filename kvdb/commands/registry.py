@@ -1,0 +1,92 @@
+"""Joins the command table with the functions that run the commands.
+
+A handler is `fn(client, args) -> reply`; `args` are the arguments behind the command's name (and its subcommand's). It
+returns a reply value at once, or a coroutine that yields one: then the connection runs it as a task and starts no
+further command of this client until it is done, so replies stay in order; the task is cancelled when the client goes.
+Errors are raised (`kvdb.errors`). Invariant: every handler has a row in the table; a row without one is an unknown
+command (a test checks that there is none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING
+
+from kvdb.commands.spec import Command
+from kvdb_protocol.resp import Reply
+
+if TYPE_CHECKING:
+    from kvdb.net.client import Client
+
+Handler = Callable[["Client", list[bytes]], "Reply | Awaitable[Reply]"]
+
+_handlers: dict[str, Handler] = {}
+
+
+def handler(*names: str) -> Callable[[Handler], Handler]:
+    """Register a function as the handler of these commands (`GET`, `CONFIG GET`)."""
+
+    def register(fn: Handler) -> Handler:
+        for name in names:
+            if name in _handlers:
+                raise ValueError(f"{name} has two handlers")
+            _handlers[name] = fn
+        return fn
+
+    return register
+
+
+class Bound:
+    """A command ready to run: its row, its handler, and its counters (the only mutable part)."""
+
+    __slots__ = (
+        "calls",
+        "command",
+        "failed_calls",
+        "fn",
+        "is_write",
+        "max_args",
+        "min_args",
+        "n_names",
+        "rejected_calls",
+        "subcommands",
+        "usec",
+    )
+
+    def __init__(self, command: Command, fn: Handler | None) -> None:
+        self.command = command
+        self.fn = fn
+        self.n_names = 1 + command.name.count(" ")
+        self.min_args = abs(command.arity)
+        self.max_args = command.arity if command.arity > 0 else 1 << 31
+        self.is_write = "write" in command.flag_set
+        self.subcommands: dict[bytes, Bound] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Set the counters to zero."""
+        self.calls = 0
+        self.usec = 0.0
+        self.rejected_calls = 0
+        self.failed_calls = 0
+
+
+def build(table: Iterable[Command]) -> dict[bytes, Bound]:
+    """Bind the table to the registered handlers. Keys are upper-case names; subcommands hang under their container."""
+    bound: dict[bytes, Bound] = {}
+    used: set[str] = set()
+    for command in table:
+        fn = _handlers.get(command.name)
+        used.add(command.name)
+        if fn is None and not command.is_container:
+            continue
+        entry = Bound(command, fn)
+        container, _, sub = command.name.partition(" ")
+        if sub:
+            bound[container.encode()].subcommands[sub.encode()] = entry
+        else:
+            bound[container.encode()] = entry
+    extra = set(_handlers) - used
+    if extra:
+        raise ValueError(f"handlers without a row in the table: {sorted(extra)}")
+    return bound

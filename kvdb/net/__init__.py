@@ -1,0 +1,1 @@
+"""Sockets, clients and what they have said and heard so far."""

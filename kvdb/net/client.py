@@ -1,0 +1,349 @@
+"""One connection: what it has said, what it may do, what waits to be sent.
+
+Bytes go to the parser, requests to the command table, the replies of one read to the transport in one write. A handler
+that returns a coroutine runs as this client's task; until it is done the client's further requests wait. They also wait
+while the client does not read its replies: at most one reply beyond the write buffer's limit is held in memory for it,
+and its socket is not read any further. Invariant: replies are sent in the order of the requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any
+
+from kvdb.commands import dispatch
+from kvdb_protocol.resp import Encoded, Push, Reply, Request, RequestParser, encode, encode_error
+
+if TYPE_CHECKING:
+    from kvdb.commands.registry import Bound
+    from kvdb.commands.transactions import Transaction
+    from kvdb.server import Server
+
+_WRITE_BUFFER_BYTES = 256 * 1024  # the transport asks us to stop above this
+_BATCH_BYTES = 128 * 1024  # replies of one batch that are joined before they go to the transport
+_WAITING_BYTES = 64 * 1024  # received while an earlier request waits; above this the socket is not read
+
+
+class Client(asyncio.Protocol):
+    """A client and its connection. Handlers get it as their first argument."""
+
+    def __init__(self, server: Server, listener: str = "tcp") -> None:
+        self.server = server
+        self.listener = listener
+        self.id = 0
+        self.fd = -1
+        self.peer = self.local = ""
+        self.created = self.last_used = server.now
+        self.parser = RequestParser()
+        self.transport: asyncio.Transport | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.cancelled = False
+        self.last_bound: Bound | None = None
+        self.input_bytes = self.output_bytes = 0
+        self.channels: dict[bytes, None] = {}
+        self.patterns: dict[bytes, None] = {}
+        self.set_defaults()
+        self._commands = server.commands
+        self._waiting: list[Request] = []
+        self._waiting_bytes = 0
+        self._next = 0
+        self._out: list[bytes] = []
+        self._out_bytes = 0
+        self._pending_writes: list[int] = []  # places in `_out` of replies to writes that are not durable yet
+        self._running = False
+        self._write_paused = False
+        self._read_paused = False
+        self._closing = False
+
+    def set_defaults(self) -> None:
+        """The state of a new connection, and of one after RESET; subscriptions and watched keys are left alone."""
+        self.db = 0
+        self.resp = 2
+        self.name = self.lib_name = self.lib_ver = b""
+        self.user = self.server.acl.default
+        self.authenticated = self.user.is_enabled and self.user.is_nopass
+        self.transaction: Transaction | None = None
+        self.watched: list[tuple[int, bytes]] = []
+        self.watch_broken = False
+        self.is_monitor = self.no_evict = self.no_touch = False
+        self.replies = True
+        self.skip_replies = 0
+        self.update_gate()
+
+    def update_gate(self) -> None:
+        """Decide whether requests may take the fast path. Call after a change of anything named here."""
+        self.parser.authenticated = self.authenticated
+        self.gated = (
+            not self.authenticated
+            or not self.user.is_unrestricted
+            or self.transaction is not None
+            or not self.replies
+            or self.skip_replies > 0
+            or (self.resp == 2 and bool(self.channels or self.patterns))
+        )
+
+    # asyncio.Protocol ------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the connection, or turn it away."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
+        sock = transport.get_extra_info("socket")
+        self.fd = sock.fileno() if sock is not None else -1
+        self.local = _address(transport.get_extra_info("sockname"))
+        self.peer = _address(transport.get_extra_info("peername")) if self.listener != "unix" else f"{self.local}:0"
+        refusal = self.server.accept(self, sock)
+        if refusal is not None:
+            self._closing = True
+            transport.write(encode_error(refusal))
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone: its work is cancelled and its requests are forgotten."""
+        self.cancelled = self._closing = True
+        self._waiting = []
+        if self.task is not None:
+            self.task.cancel()
+        self.server.forget(self)
+
+    def pause_writing(self) -> None:
+        """The client does not read its replies."""
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        """The client has read its replies."""
+        self._write_paused = False
+        if not self._running and self.task is None:
+            self._process()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, run, reply."""
+        if self._closing:
+            return
+        self.input_bytes += len(data)
+        self.last_used = self.server.now
+        requests = self.parser.feed(data)
+        if self._waiting:
+            self._waiting += requests
+        else:
+            self._waiting = requests
+        if self.task is None and not self._write_paused:
+            self._process()
+            return
+        self._waiting_bytes += len(data)
+        if self._waiting_bytes > _WAITING_BYTES and not self._read_paused and self.transport is not None:
+            self._read_paused = True
+            self.transport.pause_reading()
+
+    # requests --------------------------------------------------------------------------------------------------
+
+    def _process(self) -> None:
+        """Run waiting requests until there are none, one becomes a task, or the client has to read first."""
+        server = self.server
+        commands = self._commands
+        waiting = self._waiting
+        out = self._out
+        clock = time.perf_counter
+        self._running = True
+        began = clock()
+        while self._next < len(waiting) and self.task is None and not self._write_paused and not self._closing:
+            request = waiting[self._next]
+            self._next += 1
+            bound = commands.get(request[0])
+            if (
+                bound is None
+                or self.gated
+                or server.gated
+                or not bound.min_args <= len(request) <= bound.max_args
+                or bound.fn is None
+            ):
+                bound, encoded = dispatch.prepare(self, request)
+                if bound is None:
+                    self.add_reply(encoded)
+                    began = clock()
+                    continue
+            try:
+                reply = bound.fn(self, request[bound.n_names :])  # type: ignore[misc]
+                kind = type(reply)
+                if kind is bytes:
+                    encoded = b"$%d\r\n%b\r\n" % (len(reply), reply)  # type: ignore[arg-type]
+                elif kind is Encoded:
+                    encoded = reply.data  # type: ignore[union-attr]
+                elif inspect.isawaitable(reply):
+                    self.task = server.loop.create_task(self._finish(bound, request, reply, began))
+                    break
+                else:
+                    encoded = encode(reply, self.resp)
+            except Exception as error:
+                encoded = dispatch.error_reply(self, bound, error)
+            ended = clock()
+            took = ended - began
+            began = ended
+            bound.calls += 1
+            bound.usec += took * 1e6
+            if took >= server.slow_seconds:
+                server.note_slow(self, request, took)
+            if server.durable_writes and bound.is_write:
+                self._pending_writes.append(len(out))
+            self.last_bound = bound
+            out.append(encoded)
+            self._out_bytes += len(encoded)
+            if self.gated:
+                self._mute_last()
+            if self._out_bytes > _BATCH_BYTES:
+                self.flush()
+        self._running = False
+        if self.task is None:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Between batches: send what is ready, and read on if nothing waits."""
+        if self._next >= len(self._waiting):
+            self._waiting = []
+            self._next = 0
+        if self._out:
+            self.flush()
+        if self._waiting or self.task is not None or self._write_paused or self.transport is None:
+            return
+        if self.parser.error is not None and not self._closing:
+            self.add_reply(encode_error(f"ERR Protocol error: {self.parser.error}"))
+            self.close()
+        self._waiting_bytes = 0
+        if self._read_paused and not self._closing:
+            self._read_paused = False
+            self.transport.resume_reading()
+
+    async def _finish(self, bound: Bound, request: Request, work: Awaitable[Reply], began: float) -> None:
+        """Run a handler's coroutine, reply, and go on with the waiting requests."""
+        try:
+            if self._pending_writes:
+                await self._make_durable()
+            self.send_now()
+            self.last_bound = bound
+            try:
+                encoded = encode(await work, self.resp)
+            except Exception as error:
+                encoded = dispatch.error_reply(self, bound, error)
+            took = time.perf_counter() - began
+            bound.calls += 1
+            bound.usec += took * 1e6
+            self.add_reply(encoded)
+            if self.gated:
+                self._mute_last()
+            self.send_now()
+        finally:
+            if inspect.iscoroutine(work):
+                work.close()
+            self.task = None
+        self.last_used = self.server.now
+        self._process()
+
+    async def _hold(self) -> None:
+        """Send the replies of a batch once its writes are durable, then go on."""
+        try:
+            await self._make_durable()
+            self.send_now()
+        finally:
+            self.task = None
+        self._process()
+
+    async def _make_durable(self) -> None:
+        writes, self._pending_writes = self._pending_writes, []
+        try:
+            await self.server.keyspace.flush()
+        except Exception as error:
+            for place in writes:
+                if not self._out[place].startswith(b"-"):
+                    self._out[place] = dispatch.error_reply(self, None, error)
+
+    def _mute_last(self) -> None:
+        """CLIENT REPLY OFF and SKIP: drop the reply just made."""
+        if not self.replies:
+            self._out.pop()
+        elif self.skip_replies == 1:
+            self._out.pop()
+            self.skip_replies = 0
+            self.update_gate()
+        elif self.skip_replies == 2:  # the reply to CLIENT REPLY SKIP itself
+            self._out.pop()
+            self.skip_replies = 1
+
+    # output ----------------------------------------------------------------------------------------------------
+
+    def add_reply(self, data: bytes) -> None:
+        """Add encoded bytes behind what is already to be sent; they go out when the batch ends."""
+        self._out.append(data)
+        self._out_bytes += len(data)
+
+    def flush(self) -> None:
+        """Send what is ready; under `appendfsync always`, when it is durable."""
+        if not self._pending_writes:
+            self.send_now()
+        elif self.task is None:
+            self.task = self.server.loop.create_task(self._hold())
+
+    def send_now(self) -> None:
+        """Hand everything gathered to the transport."""
+        out = self._out
+        if not out:
+            return
+        data = out[0] if len(out) == 1 else b"".join(out)
+        out.clear()
+        self._out_bytes = 0
+        self.output_bytes += len(data)
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def push(self, kind: str, *items: Reply) -> None:
+        """Send an out-of-band message: a push frame in RESP3, a plain array in RESP2."""
+        self.push_encoded(encode(Push((kind, *items)), self.resp))
+
+    def push_encoded(self, data: bytes) -> None:
+        """Send an encoded out-of-band message: behind the replies gathered so far, at once if none are."""
+        if self._closing:
+            return
+        self.add_reply(data)
+        if not self._running and not self._pending_writes:
+            self.send_now()
+            self.server.check_output(self)
+
+    @property
+    def output_buffer_bytes(self) -> int:
+        """Bytes that wait to be sent."""
+        waiting = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        return self._out_bytes + waiting
+
+    @property
+    def is_subscriber(self) -> bool:
+        """Whether this connection listens to a channel or pattern."""
+        return bool(self.channels or self.patterns)
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether a command of this client runs as a task."""
+        return self.task is not None
+
+    def close(self) -> None:
+        """Close after what is gathered has been sent."""
+        if self._closing or self.transport is None:
+            return
+        self._closing = True
+        self.send_now()
+        self.transport.close()
+
+    def abort(self) -> None:
+        """Close now; what waits is dropped."""
+        self._closing = True
+        if self.transport is not None:
+            self.transport.abort()
+
+
+def _address(name: Any) -> str:
+    """A socket address as Redis prints it: `127.0.0.1:6374`, `[::1]:6374`, or the path of a unix socket."""
+    if isinstance(name, tuple):
+        return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+    return name.decode() if isinstance(name, bytes) else str(name or "")

@@ -1,0 +1,477 @@
+"""RESP2 and RESP3 without I/O: requests in (`RequestParser`), replies out (`encode`).
+
+A request is an array of bulk strings or an inline line. hiredis parses whole batches of well-formed requests in C, but
+it accepts more than a server may: it does not check the CRLF behind a bulk string, takes nested arrays and any reply
+type, and has no limits. So a batch counts as well-formed only if encoding the parsed requests again gives exactly the
+bytes received; everything else (half requests, inline lines, errors, large values) goes through the incremental parser
+in Python below. Invariant: fed one byte at a time and fed whole give the same requests and the same error.
+
+Limits and messages are those of Redis 7; as in Valkey a bulk string without its CRLF is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import hiredis
+
+MAX_INLINE_BYTES = 64 * 1024
+MAX_MULTIBULK = 2**31 - 1
+MIN_BULK_LIMIT = 1 << 20
+UNAUTHENTICATED_MULTIBULK = 10
+UNAUTHENTICATED_BULK_BYTES = 16 * 1024
+# hiredis allocates an array's pointers as soon as it has read the count, so counts of six digits go to the slow path.
+_HUGE_COUNT = re.compile(rb"\*[0-9]{6}")
+# Above this a chunk is most likely part of one large value: copying it into hiredis' buffer would be for nothing.
+_FAST_CHUNK_BYTES = 256 * 1024
+# Bulk strings at least this large get a buffer of their own size at once; smaller ones are cut out of the input.
+_OWN_BUFFER_BYTES = 32 * 1024
+
+Request = list[bytes]
+
+
+class RequestError(ValueError):
+    """The client broke the protocol; the message is what Redis says after `Protocol error: `. The connection ends."""
+
+
+class _Reader:
+    """The one hiredis reader of the process: between calls it is always empty, so connections can share it."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.reader = hiredis.Reader(notEnoughData=_INCOMPLETE)
+        self.feed = self.reader.feed
+        self.gets = self.reader.gets
+
+
+_INCOMPLETE = object()
+_shared = _Reader()
+_pack = hiredis.pack_command
+
+
+class RequestParser:
+    """Turns received bytes into requests.
+
+    max_bulk_bytes: `proto-max-bulk-len`. authenticated: False applies the small limits for strangers. Both may be
+    changed at any time. `error` is set once, when the stream is beyond repair; requests before it are still returned.
+    """
+
+    __slots__ = (
+        "_bulk",
+        "_bulk_at",
+        "_bulk_left",
+        "_lines",
+        "_missing",
+        "_request",
+        "authenticated",
+        "error",
+        "max_bulk_bytes",
+    )
+
+    def __init__(self, max_bulk_bytes: int = 512 << 20, authenticated: bool = True) -> None:
+        self.max_bulk_bytes = max_bulk_bytes
+        self.authenticated = authenticated
+        self.error: RequestError | None = None
+        self._lines = bytearray()  # received, not yet understood
+        self._request: Request | None = None  # arguments of the request being read, None between requests
+        self._missing = 0  # bulk strings that are still to come
+        self._bulk_left = -1  # bytes of the current bulk string and its CRLF still to come, -1: header not read
+        self._bulk: bytearray | None = None  # buffer of a large bulk string
+        self._bulk_at = 0
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes held for a request that is not complete (`qbuf` of CLIENT LIST)."""
+        return len(self._lines) + self._bulk_at
+
+    def feed(self, data: bytes) -> list[Request]:
+        """Add received bytes and return the requests that are now complete; empty requests are left out."""
+        if self.error is not None:
+            return []
+        if self._request is None and not self._lines and self.authenticated:
+            requests, data = _parse_batch(data)
+            if not data:
+                return requests
+        else:
+            requests = []
+        try:
+            self._parse(data, requests)
+        except RequestError as error:
+            self.error = error
+            self._lines.clear()
+            self._bulk = None
+        return requests
+
+    def _parse(self, data: bytes, requests: list[Request]) -> None:
+        if self._bulk is not None:
+            data = self._fill(data)
+            if self._bulk is not None:
+                return
+            self._finish_request(requests)
+        lines = self._lines
+        lines += data
+        at = 0
+        try:
+            while at < len(lines):
+                if self._request is None:
+                    start = at
+                    at = self._read_start(at, requests)
+                    if at < 0:
+                        at = start
+                        return
+                    continue
+                step = self._read_bulk(at)
+                if step < 0:
+                    return
+                at = step
+                if self._bulk is not None:  # the rest of `lines` was moved into the large value
+                    return
+                self._finish_request(requests)
+        finally:
+            del lines[:at]
+
+    def _finish_request(self, requests: list[Request]) -> None:
+        if not self._missing and self._request is not None and self._bulk_left < 0:
+            requests.append(self._request)
+            self._request = None
+
+    def _read_start(self, at: int, requests: list[Request]) -> int:
+        """Read an array header or an inline request; returns the position behind it, or -1 if it is not complete."""
+        lines = self._lines
+        if lines[at] != 0x2A:
+            return self._read_inline(at, requests)
+        end = lines.find(b"\r", at)
+        if end < 0:
+            if len(lines) - at > MAX_INLINE_BYTES:
+                raise RequestError("too big mbulk count string")
+            return -1
+        if end + 1 >= len(lines):
+            return -1
+        count = _strict_int(lines[at + 1 : end])
+        if count is None or count > MAX_MULTIBULK:
+            raise RequestError("invalid multibulk length")
+        if not self.authenticated and count > UNAUTHENTICATED_MULTIBULK:
+            raise RequestError("unauthenticated multibulk length")
+        if count > 0:
+            self._request = []
+            self._missing = count
+            self._bulk_left = -1
+        return end + 2
+
+    def _read_inline(self, at: int, requests: list[Request]) -> int:
+        lines = self._lines
+        end = lines.find(b"\n", at)
+        if end < 0:
+            if len(lines) - at > MAX_INLINE_BYTES:
+                raise RequestError("too big inline request")
+            return -1
+        stop = end - 1 if end > at and lines[end - 1] == 0x0D else end
+        words = split_inline(bytes(lines[at:stop]))
+        if words is None:
+            raise RequestError("unbalanced quotes in request")
+        if words:
+            requests.append(words)
+        return end + 1
+
+    def _read_bulk(self, at: int) -> int:
+        """Read one bulk string of the current request; returns the position behind it, or -1 to wait for more."""
+        lines = self._lines
+        assert self._request is not None
+        if lines[at] != 0x24:
+            raise RequestError(f"expected '$', got '{chr(lines[at])}'")
+        end = lines.find(b"\r", at)
+        if end < 0:
+            if len(lines) - at > MAX_INLINE_BYTES:
+                raise RequestError("too big bulk count string")
+            return -1
+        if end + 1 >= len(lines):
+            return -1
+        size = _strict_int(lines[at + 1 : end])
+        if size is None or size < 0 or size > self.max_bulk_bytes:
+            raise RequestError("invalid bulk length")
+        if not self.authenticated and size > UNAUTHENTICATED_BULK_BYTES:
+            raise RequestError("unauthenticated bulk length")
+        start = end + 2
+        if len(lines) >= start + size + 2:
+            if lines[start + size : start + size + 2] != b"\r\n":
+                raise RequestError("invalid CRLF in request")
+            self._request.append(bytes(memoryview(lines)[start : start + size]))
+            self._missing -= 1
+            return start + size + 2
+        if size < _OWN_BUFFER_BYTES:
+            return -1
+        self._bulk = bytearray()
+        self._bulk_left = size + 2
+        self._fill(bytes(memoryview(lines)[start:]))
+        return len(lines)
+
+    def _fill(self, data: bytes) -> bytes:
+        """Add data to the large bulk string; when it is complete append it to the request. Returns what follows it."""
+        bulk = self._bulk
+        assert bulk is not None and self._request is not None
+        taken = min(len(data), self._bulk_left)
+        bulk += data if taken == len(data) else memoryview(data)[:taken]
+        self._bulk_left -= taken
+        self._bulk_at = len(bulk)
+        if self._bulk_left:
+            return b""
+        if bulk[-2:] != b"\r\n":
+            raise RequestError("invalid CRLF in request")
+        del bulk[-2:]
+        self._request.append(bytes(bulk))
+        self._missing -= 1
+        self._bulk = None
+        self._bulk_left = -1
+        self._bulk_at = 0
+        return data[taken:]
+
+
+def _parse_batch(data: bytes) -> tuple[list[Request], bytes]:
+    """Parse the well-formed requests at the start of `data` in C. Returns them and the bytes behind them."""
+    requests: list[Request] = []
+    if data[:1] != b"*" or len(data) > _FAST_CHUNK_BYTES or _HUGE_COUNT.search(data):
+        return requests, data
+    shared = _shared
+    shared.feed(data)
+    gets = shared.gets
+    try:
+        while (request := gets()) is not _INCOMPLETE:
+            requests.append(request)
+        packed = b"".join([_pack(tuple(request)) for request in requests])
+    except (TypeError, hiredis.HiredisError, MemoryError):
+        shared.reset()
+        return [], data
+    if packed == data:
+        return [request for request in requests if request] if [] in requests else requests, b""
+    shared.reset()
+    if data.startswith(packed):
+        return [request for request in requests if request], data[len(packed) :]
+    return [], data
+
+
+def _strict_int(digits: bytearray) -> int | None:
+    """A decimal as Redis reads it: no sign but a leading minus, no spaces, no leading zeros; None if it is not one."""
+    text = digits[1:] if digits[:1] == b"-" else digits
+    if not text or len(text) > 19 or not text.isdigit() or (text[0] == 0x30 and len(digits) > 1):
+        return None
+    return int(digits)
+
+
+_HEX = b"0123456789abcdefABCDEF"
+_ESCAPES = {0x6E: 0x0A, 0x72: 0x0D, 0x74: 0x09, 0x62: 0x08, 0x61: 0x07}
+_SPACE = b" \t\n\r\v\f"
+
+
+def split_inline(line: bytes) -> Request | None:
+    """Split a line into words as Redis does: "double" quotes with escapes, 'single' quotes; None if unbalanced.
+
+    Also reads lines of a configuration file.
+    """
+    if b'"' not in line and b"'" not in line and b"\0" not in line:
+        return line.split()
+    words: Request = []
+    at, end = 0, line.find(b"\0") if b"\0" in line else len(line)
+    while True:
+        while at < end and line[at] in _SPACE:
+            at += 1
+        if at >= end:
+            return words
+        word = bytearray()
+        while at < end and line[at] not in _SPACE:
+            quote = line[at]
+            if quote not in b"\"'":
+                word.append(quote)
+                at += 1
+                continue
+            at += 1
+            closed = False
+            while at < end:
+                char = line[at]
+                if char == quote:
+                    closed = True
+                    at += 1
+                    break
+                if char == 0x5C and at + 1 < end:
+                    if quote == 0x22:
+                        if line[at + 1] == 0x78 and at + 3 < end and line[at + 2] in _HEX and line[at + 3] in _HEX:
+                            word.append(int(line[at + 2 : at + 4], 16))
+                            at += 4
+                        else:
+                            word.append(_ESCAPES.get(line[at + 1], line[at + 1]))
+                            at += 2
+                        continue
+                    if line[at + 1] == 0x27:
+                        word.append(0x27)
+                        at += 2
+                        continue
+                word.append(char)
+                at += 1
+            # A closing quote must be followed by a space or by nothing.
+            if not closed or (at < end and line[at] not in _SPACE):
+                return None
+        words.append(bytes(word))
+
+
+@dataclass(frozen=True, slots=True)
+class Simple:
+    """A simple string reply; `text` has no CR or LF."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """A push frame (RESP3); an array in RESP2. The first item is its kind."""
+
+    items: Sequence[Reply]
+
+
+@dataclass(frozen=True, slots=True)
+class Verbatim:
+    """Text with a three-letter format, `txt` or `mkd`; a bulk string in RESP2."""
+
+    text: str
+    format: str = "txt"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error inside an array (EXEC); `line` is the error without its dash."""
+
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A reply that is encoded already."""
+
+    data: bytes
+
+
+class NilArray:
+    """A null array in RESP2 (`*-1`), null in RESP3."""
+
+
+NIL_ARRAY = NilArray()
+OK = Encoded(b"+OK\r\n")
+QUEUED = Encoded(b"+QUEUED\r\n")
+PONG = Encoded(b"+PONG\r\n")
+
+# A recursive alias would need a string for itself; lists are typed as sequences of any reply.
+Reply = (
+    None
+    | bool
+    | int
+    | float
+    | bytes
+    | bytearray
+    | memoryview
+    | str
+    | Simple
+    | Push
+    | Verbatim
+    | Failure
+    | Encoded
+    | NilArray
+    | Sequence["Reply"]
+    | dict[str, "Reply"]
+    | dict[bytes, "Reply"]
+    | set[bytes]
+    | frozenset[bytes]
+)
+
+
+def encode(reply: Reply, resp: int = 2) -> bytes:
+    """Encode a reply for protocol version `resp` (2 or 3)."""
+    kind = type(reply)
+    if kind is bytes:
+        return b"$%d\r\n%b\r\n" % (len(reply), reply)  # type: ignore[arg-type]
+    if kind is Encoded:
+        return reply.data  # type: ignore[union-attr]
+    if kind is int:
+        return b":%d\r\n" % reply  # type: ignore[operator]
+    if reply is None:
+        return b"$-1\r\n" if resp == 2 else b"_\r\n"
+    out: list[bytes] = []
+    encode_into(out.append, reply, resp)
+    return b"".join(out)
+
+
+def encode_error(line: str) -> bytes:
+    """An error reply; `line` begins with its word. CR and LF become spaces."""
+    return b"-%b\r\n" % line.replace("\r", " ").replace("\n", " ").encode("utf-8", "surrogateescape")
+
+
+def format_double(value: float) -> str:
+    """A double as Redis prints scores: integers without a point, otherwise 17 significant digits at most."""
+    if value != value:
+        return "nan"
+    if value in (float("inf"), float("-inf")):
+        return "inf" if value > 0 else "-inf"
+    if value == int(value) and abs(value) < 1e17:
+        return "-0" if value == 0 and str(value)[0] == "-" else str(int(value))
+    return f"{value:.17g}"
+
+
+def encode_into(add: Callable[[bytes], object], reply: Reply, resp: int) -> None:
+    """Encode a reply of any kind by calling `add` with its pieces. Raises TypeError for what is not a reply."""
+    if reply is None:
+        add(b"$-1\r\n" if resp == 2 else b"_\r\n")
+    elif isinstance(reply, bytes | bytearray | memoryview):
+        add(b"$%d\r\n" % len(reply))
+        add(reply if isinstance(reply, bytes) else bytes(reply))
+        add(b"\r\n")
+    elif isinstance(reply, bool):
+        if resp == 2:
+            add(b":1\r\n" if reply else b":0\r\n")
+        else:
+            add(b"#t\r\n" if reply else b"#f\r\n")
+    elif isinstance(reply, int):
+        add(b":%d\r\n" % reply)
+    elif isinstance(reply, str):
+        encode_into(add, reply.encode("utf-8", "surrogateescape"), resp)
+    elif isinstance(reply, float):
+        text = format_double(reply)
+        add(b",%b\r\n" % text.encode() if resp == 3 else b"$%d\r\n%b\r\n" % (len(text), text.encode()))
+    elif isinstance(reply, list | tuple):
+        add(b"*%d\r\n" % len(reply))
+        for item in reply:
+            encode_into(add, item, resp)
+    elif isinstance(reply, dict):
+        add(b"%%%d\r\n" % len(reply) if resp == 3 else b"*%d\r\n" % (2 * len(reply)))
+        for key, value in reply.items():
+            encode_into(add, key, resp)
+            encode_into(add, value, resp)
+    elif isinstance(reply, set | frozenset):
+        add(b"~%d\r\n" % len(reply) if resp == 3 else b"*%d\r\n" % len(reply))
+        for item in sorted(reply):
+            encode_into(add, item, resp)
+    else:
+        _encode_special(add, reply, resp)
+
+
+def _encode_special(add: Callable[[bytes], object], reply: object, resp: int) -> None:
+    if isinstance(reply, Encoded):
+        add(reply.data)
+    elif isinstance(reply, Simple):
+        add(b"+%b\r\n" % reply.text.encode("utf-8", "surrogateescape"))
+    elif isinstance(reply, Failure):
+        add(encode_error(reply.line))
+    elif isinstance(reply, NilArray):
+        add(b"*-1\r\n" if resp == 2 else b"_\r\n")
+    elif isinstance(reply, Push):
+        add(b">%d\r\n" % len(reply.items) if resp == 3 else b"*%d\r\n" % len(reply.items))
+        for item in reply.items:
+            encode_into(add, item, resp)
+    elif isinstance(reply, Verbatim):
+        text = reply.text.encode("utf-8", "surrogateescape")
+        if resp == 3:
+            add(b"=%d\r\n%b:%b\r\n" % (len(text) + 4, reply.format.encode(), text))
+        else:
+            add(b"$%d\r\n%b\r\n" % (len(text), text))
+    else:
+        raise TypeError(f"{type(reply).__name__} is not a reply")
