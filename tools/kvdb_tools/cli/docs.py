@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -35,6 +36,10 @@ def _add(docs: dict[str, CommandDoc], name: str, fields: Reply) -> None:
     arguments = [_argument(item) for item in _list(found.get("arguments"))]
     tokens: list[str] = []
     syntax = " ".join(_render(argument, tokens) for argument in arguments)
+    if not arguments and (given := _text(found.get("syntax"))):
+        # kvdb's own commands have free-form syntax; keywords are its upper-case words.
+        syntax = given
+        tokens = re.findall(r"(?<![\w-])[A-Z][A-Z-]+(?![\w-])", given)
     docs[name] = CommandDoc(
         name=name,
         syntax=syntax,
