@@ -1,0 +1,353 @@
+"""The engine worker: one process, one model, one queue; live states of many sessions.
+
+The daemon sends requests as frames over a socket pair (kvdb_protocol.frames); every request is answered by events that
+carry its id and ends with one `done` or `error` event. Requests are generators that yield between chunks, so they
+interleave round-robin: a long prefill delays others by one chunk. A `cancel` closes the generator at that border; the
+session stays valid at its last complete token.
+
+The worker knows sessions only by number. It decides nothing about durability: `write` packs records into the file range
+the daemon reserved, the daemon syncs and commits. When the socket closes, the process ends.
+
+Requests (op: fields -> fields of `done`)
+    open: sid, source (sid or None), places ([path, offset, bytes] or None)  -> tokens, bytes_read
+    extend: sid, ids (u32 bytes); events progress(done, total)                -> tokens
+    generate: sid, max_tokens, sampling, stop ([bytes]), stop_ids; events token(id) -> tokens, finish
+    write: sid, path, offset, have, known ([[page id]], from page `have`)      -> snapshot, leaf, end, tokens, pages, written
+    logits: sid                                                               -> logits (f32 bytes)
+    close: sid     status: -     cancel: target
+Every `done` carries `bytes`, the memory of all live states, and `ms`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from kvdb_protocol.errors import FormatError
+from kvdb_protocol.frames import FrameReader, Message, encode_frame
+from kvdb_protocol.ids import NO_PAGE, Buffer, content_id
+from kvdb_protocol.page import Page, decode_page, encode_page
+from kvdb_protocol.record import RecordType, decode_record, encode_header, padding, record_bytes
+from kvdb_protocol.tail import Tail, decode_tail, encode_tail, tail_header
+
+from kvdb_engine.catalog import ModelInfo
+from kvdb_engine.interface import EngineLike, LiveState
+from kvdb_engine.sampling import Sampling, sample
+
+Task = Generator[None, None, Message]
+
+
+class RequestError(Exception):
+    """An error that goes back to the daemon; `word` is its first word on the wire."""
+
+    def __init__(self, word: str, message: str) -> None:
+        super().__init__(message)
+        self.word = word
+
+
+@dataclass(slots=True)
+class Live:
+    """A session's live state. `page_ids` names its full pages as far as they have been packed or loaded."""
+
+    state: Any
+    page_ids: list[bytes] = field(default_factory=list)
+
+
+class Worker:
+    """Runs requests against one engine."""
+
+    def __init__(self, info: ModelInfo, engine: EngineLike[Any], sock: socket.socket) -> None:
+        self.info = info
+        self.engine = engine
+        self.sock = sock
+        self.sessions: dict[int, Live] = {}
+        self.tasks: deque[tuple[int, Task, float]] = deque()
+        self.reader = FrameReader()
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until the daemon closes the socket."""
+        while True:
+            # With work at hand only look for new requests; without, sleep until one comes.
+            ready, _, _ = select.select([self.sock], [], [], 0 if self.tasks else None)
+            if ready:
+                data = self.sock.recv(1 << 20)
+                if not data:
+                    return
+                for message in self.reader.feed(data):
+                    self.accept(message)
+            if self.tasks:
+                self.advance()
+
+    def accept(self, message: Message) -> None:
+        """Queue a request, or carry out a cancel at once."""
+        if message["op"] == "cancel":
+            self.cancel(message["target"])
+            return
+        handler = getattr(self, f"op_{message['op']}")
+        self.tasks.append((message["id"], handler(message), time.perf_counter()))
+
+    def advance(self) -> None:
+        """Run the request at the head of the queue up to its next border."""
+        request, task, began = self.tasks.popleft()
+        try:
+            next(task)
+        except StopIteration as stop:
+            self.finish(request, stop.value, began)
+        except RequestError as error:
+            self.send({"id": request, "ev": "error", "word": error.word, "message": str(error)})
+        except OSError as error:
+            word = "NOSPACE" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "ERR"
+            self.send({"id": request, "ev": "error", "word": word, "message": f"engine worker: {error}"})
+        except Exception as error:  # a bug in one request must not take the other sessions down
+            text = f"engine worker: {type(error).__name__}: {error}"
+            self.send({"id": request, "ev": "error", "word": "ERR", "message": text})
+        else:
+            self.tasks.append((request, task, began))
+
+    def finish(self, request: int, fields: Message, began: float) -> None:
+        """Send the last event of a request."""
+        total = sum(live.state.nbytes for live in self.sessions.values())
+        ms = (time.perf_counter() - began) * 1e3
+        self.send({"id": request, "ev": "done", "bytes": total, "ms": ms, **fields})
+
+    def cancel(self, target: int) -> None:
+        """Close a queued or running request at the border where it stands."""
+        for entry in self.tasks:
+            if entry[0] == target:
+                self.tasks.remove(entry)
+                entry[1].close()
+                self.send({"id": target, "ev": "error", "word": "CANCELLED", "message": "cancelled at a chunk border"})
+                return
+
+    def send(self, message: Message) -> None:
+        """Write one frame; blocks when the daemon does not read, which is the back-pressure we want."""
+        self.sock.sendall(encode_frame(message))
+
+    def live(self, message: Message) -> Live:
+        """The session a request names."""
+        found = self.sessions.get(message["sid"])
+        if found is None:
+            raise RequestError("ENGINEDOWN", "the session is not resident in this worker")
+        return found
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def op_open(self, message: Message) -> Task:
+        """Make a session: empty, a copy of a live one, or read from records (pages in order, then the tail)."""
+        yield from ()
+        places: Sequence[tuple[str, int, int]] | None = message["places"]
+        n_read = 0
+        if message["source"] is not None:
+            origin = self.sessions.get(message["source"])
+            if origin is None:
+                raise RequestError("ENGINEDOWN", "the source session is not resident in this worker")
+            live = Live(origin.state.clone(), list(origin.page_ids))
+        elif places is None:
+            live = Live(self.engine.new_state())
+        else:
+            live, n_read = self.read_state(places)
+        self.sessions[message["sid"]] = live
+        return {"tokens": live.state.n_tokens, "bytes_read": n_read}
+
+    def read_state(self, places: Sequence[tuple[str, int, int]]) -> tuple[Live, int]:
+        """Read and check every record of a snapshot and build its live state."""
+        layout = self.info.layout
+        pages: list[Page] = []
+        page_ids: list[bytes] = []
+        parent = NO_PAGE
+        n_read = 0
+        for number, (path, offset, size) in enumerate(places):
+            is_tail = number == len(places) - 1
+            name = f"{'tail' if is_tail else f'page {number}'} ({os.path.basename(path)} offset {offset})"  # noqa: PTH119
+            try:
+                data = read_range(path, offset, size)
+                n_read += len(data)
+                header, payload = decode_record(data)
+                if header.type is not (RecordType.TAIL if is_tail else RecordType.PAGE):
+                    raise FormatError(f"record holds a {header.type.name.lower()}")
+                if is_tail:
+                    tail = decode_tail(layout, payload)
+                    if tail.leaf != parent:
+                        raise FormatError("tail names another leaf page")
+                else:
+                    page = decode_page(layout, payload)
+                    if page.parent != parent:
+                        raise FormatError("page names another parent")
+                    parent = content_id([payload])
+                    pages.append(page)
+                    page_ids.append(parent)
+            except (FormatError, OSError) as error:
+                raise RequestError("CORRUPT", f"{name}: {error}") from error
+        return Live(self.engine.load(pages, tail), page_ids), n_read
+
+    def op_extend(self, message: Message) -> Task:
+        """Append given tokens."""
+        live = self.live(message)
+        ids = np.frombuffer(message["ids"], dtype="<u4")
+        before = live.state.n_tokens
+        for done in self.engine.prefill(live.state, ids):
+            self.send({"id": message["id"], "ev": "progress", "done": int(done), "total": len(ids)})
+            yield
+        return {"tokens": live.state.n_tokens, "computed": live.state.n_tokens - before}
+
+    def op_generate(self, message: Message) -> Task:
+        """Sample and append tokens until a limit, a stop token or a stop string."""
+        live = self.live(message)
+        state = live.state
+        sampling = Sampling(**message["sampling"])
+        stop_ids = set(message["stop_ids"])
+        stops: list[bytes] = message["stop"]
+        longest = max(map(len, stops), default=0)
+        recent = b""
+        finish = "length"
+        for _ in range(message["max_tokens"]):
+            if state.n_tokens >= self.info.config.context:
+                finish = "context"
+                break
+            token = sample(self.logits(state), state.n_tokens, sampling)
+            self.engine.step(state, token)
+            self.send({"id": message["id"], "ev": "token", "token": token})
+            if token in stop_ids:
+                finish = "eos"
+                break
+            if stops:
+                piece = self.info.tokenizer.token_bytes(token)
+                recent = (recent + piece)[-(longest + len(piece)) :]
+                if any(stop in recent for stop in stops):
+                    finish = "stop"
+                    break
+            yield
+        return {"tokens": state.n_tokens, "finish": finish}
+
+    def op_write(self, message: Message) -> Task:
+        """Pack the pages from `have` on and the tail; write what the store does not know yet.
+
+        `written` lists [type, id, offset, payload bytes, parent] of each record written. `pages` is the whole chain.
+        """
+        live = self.live(message)
+        state, layout = live.state, self.info.layout
+        at: int = message["offset"]
+        have: int = message["have"]
+        known: list[list[bytes]] = message["known"]
+        n_pages = layout.n_pages(state.n_tokens)
+        ids = np.asarray(state.ids, dtype="<u4")
+        written: list[list[Any]] = []
+        handle = os.open(message["path"], os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            for number in range(have, n_pages):
+                wanted = known[number - have] if number - have < len(known) else []
+                if number < len(live.page_ids) and live.page_ids[number] in wanted:
+                    continue  # packed before: the id alone tells that the store has it
+                parent = live.page_ids[number - 1] if number else NO_PAGE
+                first = number * layout.page_tokens
+                span = ids[first : first + layout.page_tokens]
+                text = self.info.tokenizer.decode_bytes(span.tolist())
+                page = Page(
+                    self.info.fingerprint, parent, first, span.tobytes(), text, self.engine.page_sections(state, number)
+                )
+                payload = encode_page(page)
+                page_id = content_id(payload)
+                live.page_ids[number:] = [page_id]
+                if page_id not in wanted:
+                    size = write_record(handle, at, RecordType.PAGE, page_id, payload)
+                    written.append([int(RecordType.PAGE), page_id, at, size, parent])
+                    at += record_bytes(size)
+                yield
+            leaf = live.page_ids[n_pages - 1] if n_pages else NO_PAGE
+            first = n_pages * layout.page_tokens
+            tail = Tail(
+                tail_header(layout, state.n_tokens),
+                self.info.fingerprint,
+                leaf,
+                first,
+                ids[first:].tobytes(),
+                self.info.tokenizer.decode_bytes(ids[first:].tolist()),
+                self.engine.logits(state),
+                self.engine.tail_sections(state),
+            )
+            payload = encode_tail(tail)
+            snapshot_id = content_id(payload)
+            size = write_record(handle, at, RecordType.TAIL, snapshot_id, payload)
+            written.append([int(RecordType.TAIL), snapshot_id, at, size, leaf])
+            at += record_bytes(size)
+        finally:
+            os.close(handle)
+        return {
+            "snapshot": snapshot_id,
+            "leaf": leaf,
+            "end": at,
+            "tokens": state.n_tokens,
+            "pages": live.page_ids[:n_pages],
+            "written": written,
+        }
+
+    def op_logits(self, message: Message) -> Task:
+        """The logits of the next token."""
+        yield from ()
+        return {"logits": bytes(self.engine.logits(self.live(message).state))}
+
+    def op_close(self, message: Message) -> Task:
+        """Forget a session."""
+        yield from ()
+        self.sessions.pop(message["sid"], None)
+        return {}
+
+    def op_status(self, message: Message) -> Task:
+        """What the engine runs on, and who is resident."""
+        yield from ()
+        resident = {sid: [live.state.n_tokens, live.state.nbytes] for sid, live in self.sessions.items()}
+        return {"resident": resident, "queued": len(self.tasks), "stats": self.engine.stats()}
+
+    def logits(self, state: LiveState) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The next-token logits as numpy; an empty session has none."""
+        if state.n_tokens == 0:
+            raise RequestError("ERR", "the session is empty: there is nothing to continue")
+        return np.frombuffer(self.engine.logits(state), dtype="<f4")
+
+
+def read_range(path: str, offset: int, size: int) -> bytearray:
+    """Read `size` bytes at `offset`; a short file gives fewer, which the record decoder reports."""
+    data = bytearray(size)
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        file.seek(offset)
+        view = memoryview(data)
+        got = 0
+        while got < size:
+            n = file.readinto(view[got:])
+            if not n:
+                break
+            got += n
+        view.release()
+    del data[got:]
+    return data
+
+
+def write_record(handle: int, offset: int, kind: RecordType, record_id: bytes, payload: Sequence[Buffer]) -> int:
+    """Write one whole record with its padding at `offset`; returns the payload's bytes.
+
+    A record is not durable before the daemon's fdatasync, and does not exist before its commit.
+    """
+    size = sum(memoryview(piece).nbytes for piece in payload)
+    pieces = [
+        memoryview(piece).cast("B") for piece in (encode_header(kind, record_id, payload), *payload, padding(size))
+    ]
+    pieces = [piece for piece in pieces if len(piece)]
+    while pieces:
+        n = os.pwritev(handle, pieces[:512], offset)
+        offset += n
+        while pieces and n >= len(pieces[0]):
+            n -= len(pieces[0])
+            del pieces[0]
+        if n:
+            pieces[0] = pieces[0][n:]
+    return size

@@ -1,0 +1,490 @@
+"""The commands that act on states: PREFILL to SNAPDIFF. Parsing and reply shapes only; sessions.py does the work."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import json
+import logging
+import secrets
+import time
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from kvdb_engine.chat import ChatError, chat_ids
+from kvdb_engine.sampling import Sampling, log_probabilities, sample
+from kvdb_protocol.resp import Reply
+
+from kvdb.commands.arguments import Arguments, unknown_option
+from kvdb.commands.registry import handler
+from kvdb.errors import KvdbError
+from kvdb.keyspace import Entry, SnapshotValue, Type
+from kvdb.sessions import Model, ids_array
+
+if TYPE_CHECKING:
+    from kvdb.net.client import Client
+
+log = logging.getLogger("kvdb.commands")
+
+MAX_TOKENS_DEFAULT = 128
+SAMPLE_COUNT_MAX = 100_000
+PROGRESS_INTERVAL_S = 0.1
+
+
+# -- prompts ------------------------------------------------------------------------------------------------------------
+
+
+def read_prompt(args: Arguments, kind: bytes) -> tuple[str, Any]:
+    """Read what follows TEXT, TOKENS or CHAT; ids come back as an array, text and messages as they are."""
+    if kind == b"TEXT":
+        return "text", args.text()
+    if kind == b"TOKENS":
+        count = args.integer("the token count", 0, 1 << 31)
+        raw = args.take(count)
+        try:
+            return "ids", array("I", map(int, raw))
+        except (ValueError, OverflowError):
+            raise KvdbError("token ids must be integers between 0 and 4294967295") from None
+    try:
+        return "chat", json.loads(args.next())
+    except ValueError as error:
+        raise KvdbError(f"CHAT takes OpenAI messages as JSON: {error}") from None
+
+
+def prompt_ids(model: Model, prompt: tuple[str, Any], *, is_start: bool) -> array[int]:
+    """Token ids of a prompt. Text and chat at the start of a timeline begin with the begin-of-sentence token."""
+    kind, value = prompt
+    tokenizer = model.info.tokenizer
+    if kind == "ids":
+        ids: array[int] = value
+        return ids
+    if kind == "text":
+        head = [tokenizer.bos_id] if is_start else []
+        return array("I", head + tokenizer.encode(value))
+    try:
+        ids = array("I", chat_ids(tokenizer, value))
+    except ChatError as error:
+        raise KvdbError(f"CHAT: {error}") from None
+    # A rendered conversation begins with the begin-of-sentence token, which a continued timeline already has.
+    return ids if is_start or not ids or ids[0] != tokenizer.bos_id else ids[1:]
+
+
+PROMPT_WORDS = (b"TEXT", b"TOKENS", b"CHAT")
+
+
+def parse_prompt(client: Client, raw: list[bytes], options: tuple[bytes, ...]) -> tuple[Any, dict[bytes, bytes]]:
+    """Parse `TEXT t | TOKENS n id... | CHAT json` and the word-valued options allowed after it."""
+    args = Arguments(raw)
+    prompt = None
+    found: dict[bytes, bytes] = {}
+    while args:
+        word = args.word()
+        if word in PROMPT_WORDS and prompt is None:
+            prompt = read_prompt(args, word)
+        elif word in options and word not in found:
+            found[word] = args.next()
+        else:
+            raise unknown_option(word)
+    if prompt is None:
+        raise KvdbError("give the tokens as TEXT text, TOKENS count id ..., or CHAT json")
+    return prompt, found
+
+
+class Progress:
+    """Pushes `progress session done total` to a RESP3 client, not more often than people can read."""
+
+    def __init__(self, client: Client, name: bytes) -> None:
+        self.client = client
+        self.name = name
+        self.last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Called by the session after each chunk."""
+        now = time.monotonic()
+        if self.client.resp == 3 and (now - self.last >= PROGRESS_INTERVAL_S or done == total):
+            self.last = now
+            self.client.push("progress", self.name, done, total)
+
+
+@handler("PREFILL")
+async def prefill(client: Client, raw: list[bytes]) -> Reply:
+    """PREFILL session TEXT t | TOKENS n id... | CHAT json [MODEL m] [REUSE YES|NO|ONLY]."""
+    prompt, options = parse_prompt(client, raw[1:], (b"MODEL", b"REUSE"))
+    reuse = options.get(b"REUSE", b"YES").upper().decode(errors="replace")
+    if reuse not in ("YES", "NO", "ONLY"):
+        raise KvdbError("REUSE must be YES, NO or ONLY")
+    sessions = client.server.sessions
+    name = options[b"MODEL"].decode(errors="replace") if b"MODEL" in options else None
+    model = sessions.model_for(client.db, raw[0], name)
+    ids = prompt_ids(model, prompt, is_start=True)
+    return await sessions.prefill(client.db, raw[0], model, ids, reuse, Progress(client, raw[0]))
+
+
+@handler("EXTEND")
+async def extend(client: Client, raw: list[bytes]) -> Reply:
+    """EXTEND session TEXT t | TOKENS n id... | CHAT json."""
+    prompt, _ = parse_prompt(client, raw[1:], ())
+    sessions = client.server.sessions
+    session = await sessions.get(client.db, raw[0])
+    ids = prompt_ids(session.model, prompt, is_start=False)
+    return await sessions.extend(client.db, raw[0], ids, Progress(client, raw[0]))
+
+
+# -- sampling -----------------------------------------------------------------------------------------------------------
+
+
+def read_sampling(args: Arguments, word: bytes, fields: dict[str, Any]) -> bool:
+    """Read one sampling option; False when `word` is none."""
+    match word:
+        case b"TEMPERATURE":
+            fields["temperature"] = args.number("TEMPERATURE", 0, 100)
+        case b"TOPK":
+            fields["top_k"] = args.integer("TOPK", 0, 1 << 31)
+        case b"TOPP":
+            fields["top_p"] = args.number("TOPP", 0, 1)
+        case b"MINP":
+            fields["min_p"] = args.number("MINP", 0, 1)
+        case b"SEED":
+            fields["seed"] = args.integer("SEED", 0, (1 << 64) - 1)
+        case _:
+            return False
+    return True
+
+
+@handler("GENERATE")
+async def generate(client: Client, raw: list[bytes]) -> Reply:
+    """GENERATE session [MAXTOKENS n] [sampling] [STOP n s...] [STREAM]."""
+    args = Arguments(raw)
+    name = args.next()
+    fields: dict[str, Any] = {}
+    stops: list[bytes] = []
+    max_tokens, stream = MAX_TOKENS_DEFAULT, False
+    while args:
+        word = args.word()
+        if word == b"MAXTOKENS":
+            max_tokens = args.integer("MAXTOKENS", 1, 1 << 31)
+        elif word == b"STOP":
+            stops = args.take(args.integer("the number of stop strings", 0, 64))
+            if not all(stops):
+                raise KvdbError("a stop string is empty")
+        elif word == b"STREAM":
+            stream = True
+        elif not read_sampling(args, word, fields):
+            raise unknown_option(word)
+    sampling = Sampling(**{"seed": secrets.randbits(63), **fields})
+    sessions = client.server.sessions
+    session = await sessions.get(client.db, name)
+    on_token = stream_to(client, name, session.model) if stream else None
+    return await sessions.generate(client.db, name, max_tokens, sampling, stops, on_token)
+
+
+def stream_to(client: Client, name: bytes, model: Model) -> Any:
+    """Send each token as it comes: a push frame in RESP3, a message on `__stream__:session` in RESP2.
+
+    Text is held back until it is whole UTF-8, so a frame may carry an empty text and the next one two characters.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    tokenizer = model.info.tokenizer
+
+    def send(token: int) -> None:
+        text = decoder.decode(tokenizer.token_bytes(token)).encode()
+        if client.resp == 3:
+            client.push("generate", name, token, text)
+        else:
+            client.server.pubsub.publish(b"__stream__:" + name, text)
+
+    return send
+
+
+@handler("SAMPLE")
+async def sample_command(client: Client, raw: list[bytes]) -> Reply:
+    """SAMPLE key [COUNT n] [sampling]: draws i of a seed s is what GENERATE with SEED s+i would take first."""
+    args = Arguments(raw)
+    key = args.next()
+    fields: dict[str, Any] = {}
+    count = 1
+    while args:
+        word = args.word()
+        if word == b"COUNT":
+            count = args.integer("COUNT", 1, SAMPLE_COUNT_MAX)
+        elif not read_sampling(args, word, fields):
+            raise unknown_option(word)
+    info, position, data = await client.server.sessions.logits(client.db, key)
+    logits = np.frombuffer(data, dtype="<f4")
+    logprobs = log_probabilities(logits)
+    seed = fields.pop("seed", secrets.randbits(63))
+    replies = []
+    for draw in range(count):
+        token = sample(logits, position, Sampling(**fields, seed=(seed + draw) & ((1 << 64) - 1)))
+        text = info.tokenizer.token_bytes(token) if info else None
+        replies.append({"id": token, "text": text, "logprob": float(logprobs[token])})
+        if draw % 256 == 255:
+            await asyncio.sleep(0)  # a large COUNT must not hold up the other clients
+    return replies
+
+
+@handler("LOGITS")
+async def logits_command(client: Client, raw: list[bytes]) -> Reply:
+    """LOGITS key [TOP k | RAW]: the best k (default 20) as id, text, logit, logprob; or all as f32 bytes."""
+    args = Arguments(raw)
+    key = args.next()
+    top, is_raw = 20, False
+    while args:
+        word = args.word()
+        if word == b"TOP":
+            top = args.integer("TOP", 1, 1 << 20)
+        elif word == b"RAW":
+            is_raw = True
+        else:
+            raise unknown_option(word)
+    info, _, data = await client.server.sessions.logits(client.db, key)
+    if is_raw:
+        return data
+    logits = np.frombuffer(data, dtype="<f4")
+    logprobs = log_probabilities(logits)
+    # A stable sort of the negated logits: the lower id comes first on ties, as in greedy sampling.
+    best = np.argsort(-logits, kind="stable")[:top].tolist()
+    return [
+        {
+            "id": token,
+            "text": info.tokenizer.token_bytes(token) if info else None,
+            "logit": float(logits[token]),
+            "logprob": float(logprobs[token]),
+        }
+        for token in best
+    ]
+
+
+# -- storing and going back ---------------------------------------------------------------------------------------------
+
+
+@handler("SNAPSHOT")
+async def snapshot(client: Client, raw: list[bytes]) -> Reply:
+    """SNAPSHOT session key [META n f v...] [EX s | PX ms] [NX | XX] [PIN] [ASYNC]."""
+    args = Arguments(raw)
+    name, key = args.next(), args.next()
+    meta: dict[bytes, bytes] = {}
+    expire_ms, condition, pinned, is_async = 0, b"", False, False
+    while args:
+        word = args.word()
+        if word == b"META":
+            pairs = args.take(2 * args.integer("the number of META fields", 0, 1 << 20))
+            meta = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        elif word in (b"EX", b"PX") and not expire_ms:
+            unit = 1000 if word == b"EX" else 1
+            expire_ms = int(time.time() * 1e3) + unit * args.integer("invalid expire time", 1, 1 << 50)
+        elif word in (b"NX", b"XX") and not condition:
+            condition = word
+        elif word == b"PIN":
+            pinned = True
+        elif word == b"ASYNC":
+            is_async = True
+        else:
+            raise unknown_option(word)
+    server, db = client.server, client.db
+
+    def value(snapshot_id: bytes) -> Entry:
+        return Entry(Type.SNAPSHOT, expire_ms, SnapshotValue(snapshot_id, meta, pinned, int(time.time() * 1e3)))
+
+    def guard() -> bool:
+        return not condition or (server.keyspace.get(db, key) is not None) == (condition == b"XX")
+
+    work = server.sessions.snapshot(db, name, key, value, guard)
+    if not is_async:
+        return await work
+    session = await server.sessions.get(db, name)
+    tokens = session.n_tokens
+    server.sessions.run_async((db, key), work)
+    return {"tokens": tokens, "async": 1}
+
+
+@handler("WAITSNAP")
+async def wait_snapshot(client: Client, raw: list[bytes]) -> Reply:
+    """WAITSNAP key: wait for SNAPSHOT ... ASYNC under this key; its reply, or its error; nil when none was started."""
+    return await client.server.sessions.wait_async((client.db, raw[0]))
+
+
+@handler("RESTORE")
+async def restore(client: Client, raw: list[bytes]) -> Reply:
+    """RESTORE key session [REPLACE]."""
+    if len(raw) == 3 and raw[2].upper() != b"REPLACE":
+        raise unknown_option(raw[2])
+    if len(raw) > 3:
+        raise KvdbError("syntax error")
+    return await client.server.sessions.restore(client.db, raw[0], raw[1], replace=len(raw) == 3)
+
+
+@handler("FORK")
+async def fork(client: Client, raw: list[bytes]) -> Reply:
+    """FORK source dest [dest ...]."""
+    return await client.server.sessions.fork(client.db, raw[0], raw[1:])
+
+
+@handler("REWIND")
+async def rewind(client: Client, raw: list[bytes]) -> Reply:
+    """REWIND session TO key | TOKENS n | STEPS n."""
+    args = Arguments(raw)
+    name, word = args.next(), args.word()
+    sessions = client.server.sessions
+    if word == b"TO":
+        reply = sessions.rewind_to(client.db, name, args.next())
+    elif word == b"TOKENS":
+        reply = sessions.rewind_tokens(client.db, name, args.integer("TOKENS", 1, 1 << 31))
+    elif word == b"STEPS":
+        reply = sessions.rewind_steps(client.db, name, args.integer("STEPS", 1, 1 << 31))
+    else:
+        raise unknown_option(word)
+    if args:
+        reply.close()
+        raise KvdbError("syntax error")
+    return await reply
+
+
+# -- looking ------------------------------------------------------------------------------------------------------------
+
+
+@handler("PREFIX")
+async def prefix(client: Client, raw: list[bytes]) -> Reply:
+    """PREFIX TEXT t | TOKENS n id... | CHAT json [MODEL m]: the longest stored prefix, or nil."""
+    prompt, options = parse_prompt(client, raw, (b"MODEL",))
+    server = client.server
+    model = server.sessions.model(options[b"MODEL"].decode(errors="replace") if b"MODEL" in options else None)
+    ids = prompt_ids(model, prompt, is_start=True)
+    server.sessions.check_ids(model, ids)
+    found = server.store.longest_prefix(
+        model.info.family, model.info.fingerprint, ids.tobytes(), cross_quant=server.sessions.cross_quant
+    )
+    if found is None:
+        return None
+    return {
+        "key": next((key for db, key in server.store.keys_of(found.snapshot_id) if db == client.db), None),
+        "id": found.snapshot_id.hex(),
+        "tokens": found.n_tokens,
+        "of": len(ids),
+        "text_bytes": len(model.info.tokenizer.decode_bytes(ids[: found.n_tokens].tolist())),
+        "same_quant": int(found.same_quant),
+    }
+
+
+def snapshot_map(client: Client, snapshot_id: bytes) -> dict[str, Reply]:
+    """What LINEAGE says of one snapshot."""
+    store = client.server.store
+    record = store.snapshot(snapshot_id)
+    keys = [key for db, key in store.keys_of(snapshot_id) if db == client.db]
+    return {
+        "id": snapshot_id.hex(),
+        "key": keys[0] if keys else None,
+        "tokens": record.n_tokens,
+        "reason": record.reason,
+        "created": record.created_ms,
+    }
+
+
+@handler("LINEAGE")
+async def lineage(client: Client, raw: list[bytes]) -> Reply:
+    """LINEAGE key: the snapshot (or the session's base) and its stored ancestors, newest first."""
+    server = client.server
+    found = server.keyspace.get(client.db, raw[0])
+    start = found.value.base if found is not None and found.type is Type.SESSION else None
+    if found is None or found.type is not Type.SESSION:
+        start = server.sessions.snapshot_value(client.db, raw[0]).id
+    replies: list[Reply] = []
+    seen = set()
+    while start is not None and start not in seen and server.store.has_snapshot(start):
+        seen.add(start)
+        replies.append(snapshot_map(client, start))
+        start = server.store.snapshot(start).parent
+    return replies
+
+
+@handler("SNAPINFO")
+async def snapinfo(client: Client, raw: list[bytes]) -> Reply:
+    """SNAPINFO key: all that is known of a snapshot without reading its records."""
+    server = client.server
+    found = server.sessions.snapshot_value(client.db, raw[0])
+    record = server.store.snapshot(found.id)
+    entry = server.keyspace.get(client.db, raw[0])
+    usage = server.store.usage(found.id)
+    name = server.store.model_name(record.fingerprint)
+    ttl = max(0, entry.expire_ms - int(time.time() * 1e3)) if entry is not None and entry.expire_ms else -1
+    return {
+        **snapshot_map(client, found.id),
+        "key": raw[0],
+        "model": name,
+        "fingerprint": record.fingerprint.hex(),
+        "parent": record.parent.hex() if record.parent else None,
+        "pages": usage.n_pages,
+        "bytes_own": usage.own_bytes,
+        "bytes_shared": usage.shared_bytes,
+        "pinned": int(found.pinned),
+        "ttl_ms": ttl,
+        "meta": dict(found.meta),
+    }
+
+
+@handler("SNAPDIFF")
+async def snapdiff(client: Client, raw: list[bytes]) -> Reply:
+    """SNAPDIFF a b: where two snapshots part, and what they share."""
+    server = client.server
+    values = [server.sessions.snapshot_value(client.db, key) for key in raw]
+    records = [server.store.snapshot(value.id) for value in values]
+    ids = [np.asarray(ids_array(await server.store.token_ids(value.id))) for value in values]
+    shorter = min(map(len, ids))
+    differing = np.flatnonzero(ids[0][:shorter] != ids[1][:shorter])
+    common = int(differing[0]) if len(differing) else shorter
+    places = [{(p.segment_id, p.offset): p.record_bytes for p in server.store.plan(value.id)} for value in values]
+    both = places[0].keys() & places[1].keys()
+    return {
+        "common_tokens": common,
+        "a_tokens": len(ids[0]),
+        "b_tokens": len(ids[1]),
+        "same_model": int(records[0].fingerprint == records[1].fingerprint),
+        "identical": int(values[0].id == values[1].id),
+        "bytes_shared": sum(places[0][place] for place in both),
+        "bytes_a": sum(size for place, size in places[0].items() if place not in both),
+        "bytes_b": sum(size for place, size in places[1].items() if place not in both),
+    }
+
+
+def set_pin(client: Client, key: bytes, pinned: bool) -> Reply:
+    """Change a snapshot key's pin; 1 when it was different before."""
+    server = client.server
+    found = server.sessions.snapshot_value(client.db, key)
+    entry = server.keyspace.get(client.db, key)
+    if entry is None or found.pinned == pinned:
+        return 0
+    value = SnapshotValue(found.id, found.meta, pinned, found.created_ms)
+    server.keyspace.put(client.db, key, Entry(Type.SNAPSHOT, entry.expire_ms, value))
+    return 1
+
+
+@handler("PIN")
+def pin(client: Client, raw: list[bytes]) -> Reply:
+    """PIN key: never evicted."""
+    return set_pin(client, raw[0], True)
+
+
+@handler("UNPIN")
+def unpin(client: Client, raw: list[bytes]) -> Reply:
+    """UNPIN key."""
+    return set_pin(client, raw[0], False)
+
+
+@handler("TOKENIZE")
+def tokenize(client: Client, raw: list[bytes]) -> Reply:
+    """TOKENIZE model text: ids, without the begin-of-sentence token; control tokens in the text are neutralised."""
+    args = Arguments(raw)
+    model = client.server.sessions.model(args.text())
+    ids: list[Reply] = list(model.info.tokenizer.encode(args.text()))
+    return ids
+
+
+@handler("DETOKENIZE")
+def detokenize(client: Client, raw: list[bytes]) -> Reply:
+    """DETOKENIZE model id...: the tokens' bytes."""
+    args = Arguments(raw)
+    model = client.server.sessions.model(args.text())
+    ids = [args.integer("token id", 0, model.info.config.vocab - 1) for _ in raw[1:]]
+    text: bytes = model.info.tokenizer.decode_bytes(ids)
+    return text

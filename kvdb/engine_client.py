@@ -1,0 +1,255 @@
+"""The daemon's side of an engine worker: start it, talk to it, notice when it dies, put it to rest.
+
+One client per model. A worker is started by the first call and has a *generation*: live states belong to one generation,
+and when the worker ends, for whatever reason, every state of that generation is gone. The sessions compare generations
+instead of being told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvdb.errors import CancelledError, CorruptError, EngineDownError, KvdbError, NoEngineError, NoSpaceError
+from kvdb_protocol.frames import FrameReader, Message, encode_frame
+
+log = logging.getLogger("kvdb.engine")
+
+START_TIMEOUT_S = 600  # a full-size model is 80 GB to read
+STOP_TIMEOUT_S = 10
+CANCELLABLE = ("extend", "generate")
+
+EventHandler = Callable[[Message], None]
+
+_ERRORS: dict[str, type[KvdbError]] = {
+    error.word: error for error in (CancelledError, CorruptError, EngineDownError, NoEngineError, NoSpaceError)
+}
+
+
+class _Request:
+    """A request under way: where its events go."""
+
+    __slots__ = ("future", "on_event", "op", "seen", "sid")
+
+    def __init__(
+        self, op: str, sid: int | None, future: asyncio.Future[Message], on_event: EventHandler | None
+    ) -> None:
+        self.op = op
+        self.sid = sid
+        self.future = future
+        self.on_event = on_event
+        self.seen = time.monotonic()
+
+
+class EngineClient:
+    """Calls into the worker of one model."""
+
+    def __init__(self, spec: str, name: str) -> None:
+        self.spec = spec
+        self.name = name
+        self.generation = 0
+        self.process: asyncio.subprocess.Process | None = None
+        self.stats: dict[str, Any] = {}
+        self.resident_bytes = 0
+        self.starts = 0
+        self.last_used = time.monotonic()
+        self.started_at = 0.0
+        self._writer: asyncio.StreamWriter | None = None
+        self._requests: dict[int, _Request] = {}
+        self._next = 0
+        self._starting = asyncio.Lock()
+        self._pump: asyncio.Task[None] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a worker is up and ready."""
+        return self._writer is not None
+
+    @property
+    def pending(self) -> int:
+        """Requests under way."""
+        return len(self._requests)
+
+    async def start(self) -> None:
+        """Start the worker if it is not up. Raises NoEngineError with the worker's own reason."""
+        async with self._starting:
+            if self.running:
+                return
+            began = time.monotonic()
+            ours, theirs = socket.socketpair()
+            try:
+                # -P: a file in the user's folder can neither break nor hijack the worker.
+                self.process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-P", "-m", "kvdb_engine", self.spec, str(theirs.fileno())),
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                )
+            except OSError as error:
+                ours.close()
+                raise NoEngineError(f"the engine worker could not be started: {error}") from error
+            finally:
+                theirs.close()
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+            frames = FrameReader()
+            try:
+                async with asyncio.timeout(START_TIMEOUT_S):
+                    hello = await self._hello(reader, frames)
+            except (TimeoutError, EngineDownError, asyncio.CancelledError) as error:
+                writer.close()
+                await self._end_process()
+                if isinstance(error, asyncio.CancelledError):
+                    raise
+                raise NoEngineError(f"the engine worker of model {self.name} did not start: {error}") from error
+            if hello["ev"] == "fatal":
+                writer.close()
+                await self._end_process()
+                raise NoEngineError(f"model {self.name} cannot be run: {hello['message']}")
+            self.stats = hello["stats"]
+            self.generation += 1
+            self.starts += 1
+            self.started_at = time.monotonic()
+            self._writer = writer
+            self._pump = asyncio.create_task(self._read(reader, frames))
+            log.info("engine worker of %s is up after %.1f s", self.name, time.monotonic() - began)
+
+    async def _hello(self, reader: asyncio.StreamReader, frames: FrameReader) -> Message:
+        while True:
+            data = await reader.read(1 << 20)
+            if not data:
+                raise EngineDownError("it ended before it was ready; its standard error says why")
+            for message in frames.feed(data):
+                return message
+
+    async def _read(self, reader: asyncio.StreamReader, frames: FrameReader) -> None:
+        """Deliver events until the worker closes its end."""
+        reason = "the engine worker ended"
+        try:
+            while data := await reader.read(1 << 20):
+                for message in frames.feed(data):
+                    self._deliver(message)
+        except (OSError, ValueError) as error:
+            reason = f"the engine worker's stream broke: {error}"
+        await self._down(reason)
+
+    def _deliver(self, message: Message) -> None:
+        request = self._requests.get(message["id"])
+        if request is None:
+            return
+        request.seen = time.monotonic()
+        if message["ev"] == "done":
+            self.resident_bytes = message["bytes"]
+            del self._requests[message["id"]]
+            if not request.future.done():
+                request.future.set_result(message)
+        elif message["ev"] == "error":
+            del self._requests[message["id"]]
+            error = _ERRORS.get(message["word"], KvdbError)(message["message"])
+            if not request.future.done():
+                request.future.set_exception(error)
+        elif request.on_event:
+            request.on_event(message)
+
+    async def _down(self, reason: str) -> None:
+        """The worker is gone: its states with it. Fail what waits; callers may retry."""
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        self.generation += 1
+        self.resident_bytes = 0
+        code = await self._end_process()
+        log.warning("%s (exit code %s)", reason, code)
+        waiting, self._requests = self._requests, {}
+        for request in waiting.values():
+            if not request.future.done():
+                request.future.set_exception(EngineDownError(f"{reason}; retry: the session resumes from its snapshot"))
+
+    async def _end_process(self) -> int | None:
+        process, self.process = self.process, None
+        if process is None:
+            return None
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                return await process.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            return await process.wait()
+
+    async def call(self, op: str, on_event: EventHandler | None = None, **fields: Any) -> Message:
+        """Send one request and wait for its `done`. Events before it go to `on_event`.
+
+        If the caller is cancelled, the work is cancelled at its next border and this returns only after the worker has
+        said so: the session's token count is then known.
+        Raises what the worker reports, or EngineDownError when it ends.
+        """
+        await self.start()
+        assert self._writer is not None
+        self._next += 1
+        number = self._next
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._requests[number] = _Request(op, fields.get("sid"), future, on_event)
+        self.last_used = time.monotonic()
+        self._writer.write(encode_frame({"op": op, "id": number, **fields}))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            self._cancel(number)
+            with contextlib.suppress(KvdbError):
+                await future
+            raise
+        finally:
+            self.last_used = time.monotonic()
+
+    def _cancel(self, number: int) -> None:
+        if self._writer is not None and number in self._requests:
+            self._writer.write(encode_frame({"op": "cancel", "id": 0, "target": number}))
+
+    def cancel(self, sid: int) -> int:
+        """Ask the worker to stop the prefills and generations of a session; returns how many there were.
+
+        Their callers get CancelledError; the session stays valid at its last complete token.
+        """
+        found = [n for n, request in self._requests.items() if request.sid == sid and request.op in CANCELLABLE]
+        for number in found:
+            self._cancel(number)
+        return len(found)
+
+    def silent_for(self) -> float:
+        """Seconds since the longest-waiting request last heard from the worker; 0 without requests."""
+        now = time.monotonic()
+        return max((now - request.seen for request in self._requests.values()), default=0.0)
+
+    def kill(self) -> None:
+        """End a hanging worker; its requests fail with EngineDownError."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """Close the socket, which ends the worker, and wait for it."""
+        if self._writer is not None:
+            self._writer.close()
+            if self._pump is not None:
+                self._pump.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._pump
+            await self._down("the engine worker was unloaded")
+
+    def rss_bytes(self) -> int:
+        """Resident memory of the worker process, 0 if there is none or the platform does not tell."""
+        if self.process is None:
+            return 0
+        try:
+            with open(f"/proc/{self.process.pid}/statm") as file:  # noqa: PTH123
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+        except (OSError, ValueError):
+            return 0
