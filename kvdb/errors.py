@@ -1,6 +1,7 @@
 """Every error a client can see, and its first word on the wire.
 
 KvdbError                ERR         base; "ERR" where Redis says ERR
+├── SnapshotGoneError    ERR         the snapshot was deleted meanwhile
 ├── WrongTypeError       WRONGTYPE   the key holds another type
 ├── WrongModelError      WRONGMODEL  the state belongs to another model family or rounding
 ├── CorruptError         CORRUPT     stored bytes fail their checksum; other keys keep serving
@@ -11,6 +12,7 @@ KvdbError                ERR         base; "ERR" where Redis says ERR
 ├── CancelledError       CANCELLED   the work was cancelled at a chunk border
 ├── LoadingError         LOADING     starting up; a retry can help
 ├── BusyError            BUSY        the session or the queue is occupied; a retry can help
+│   └── StalePagesError  BUSY        pages believed stored were freed meanwhile; writing them again helps
 ├── BusyKeyError         BUSYKEY     the target key exists
 ├── NoAuthError          NOAUTH      authenticate first
 ├── WrongPassError       WRONGPASS   bad user or password
@@ -102,6 +104,14 @@ class BusyError(KvdbError):
 
     word = "BUSY"
     retryable = True
+
+
+class StalePagesError(BusyError):
+    """A page that the writer skipped as already stored has been freed meanwhile: ask again what is known, then write."""
+
+
+class SnapshotGoneError(KvdbError):
+    """The snapshot was deleted meanwhile."""
 
 
 class BusyKeyError(KvdbError):

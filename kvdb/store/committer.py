@@ -1,0 +1,214 @@
+"""The only writer of the index: rounds of group commit.
+
+One round is in flight at a time. It takes the keyspace overlay and every item submitted so far, and does
+
+    1. datasync of the segments that items wrote to     a failure fails the items of that segment
+    2. one transaction that runs every item             an item that raises is undone alone (child transaction)
+    3. commit, synced                                    a failure fails every item; the overlay stays in memory
+    4. on the event loop: readers see the commit, futures are resolved
+    5. freed ranges are punched, empty segments unlinked
+
+Steps 1 to 3 and 5 run in the commit thread. What arrives meanwhile waits for the next round, so a busy store commits
+many commands with each sync, and an idle one commits at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from kvdb.errors import KvdbError
+from kvdb.store.failures import as_kvdb_error
+from kvdb.store.files import Files
+from kvdb.store.holds import Holds, sweep
+from kvdb.store.index import Index, Txn
+from kvdb.store.segments import Segments
+from kvdb.store.work import Extent, Work, settle
+
+T = TypeVar("T")
+ItemFunction = Callable[[Txn, Work], T]
+
+
+class Overlay(Protocol):
+    """What the keyspace gives to a round and is told about it."""
+
+    def freeze(self) -> ItemFunction[None] | None:
+        """Hand over all changes so far as one item, or None if there are none."""
+
+    def thawed(self, error: KvdbError | None) -> None:
+        """The round that took the frozen changes is over: they are committed, or (error) to be tried again."""
+
+
+@dataclass(slots=True)
+class _Item(Generic[T]):
+    """One command's part of a round. extent: what it wrote into a segment, to be synced first, freed if it fails."""
+
+    function: ItemFunction[T]
+    future: asyncio.Future[T]
+    extent: Extent | None
+    result: T | None = None
+    error: BaseException | None = None
+
+
+@dataclass(slots=True)
+class _Round:
+    items: list[_Item[object]]
+    overlay: ItemFunction[None] | None
+    busy: frozenset[int]
+    retired: frozenset[int]
+    work: Work = field(default_factory=Work)
+    error: KvdbError | None = None
+
+
+class Committer:
+    """Collects items on the event loop and commits them in rounds."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        index: Index,
+        files: Files,
+        segments: Segments,
+        holds: Holds,
+        refresh: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._index = index
+        self._files = files
+        self._segments = segments
+        self._holds = holds
+        self._refresh = refresh
+        self._overlay: Overlay | None = None
+        self._waiting: list[_Item[object]] = []
+        self._wanted = False
+        self._running: asyncio.Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "kvdb-commit")
+        self.rounds = 0
+        self.error: KvdbError | None = None  # of the last round, for MISCONF; None once a round succeeds
+
+    def attach(self, overlay: Overlay) -> None:
+        """Name the keyspace whose changes each round takes."""
+        self._overlay = overlay
+
+    def submit(self, function: ItemFunction[T], extent: Extent | None = None) -> asyncio.Future[T]:
+        """Run `function` in the next round's transaction; the future resolves once that is durable."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        item: _Item[object] = _Item(function, future, extent)  # type: ignore[arg-type]
+        self._waiting.append(item)
+        if extent is not None:
+            self._segments.submitted(extent.segment)
+        self.kick()
+        return future
+
+    def flush(self) -> asyncio.Future[None]:
+        """Everything done so far becomes durable; raises what the commit failed with."""
+        return self.submit(_nothing)
+
+    def kick(self) -> None:
+        """Start a round as soon as none is running."""
+        self._wanted = True
+        if self._running is None:
+            self._running = self._loop.create_future()
+            self._loop.call_soon(self._start)
+
+    async def idle(self) -> None:
+        """Wait until no round is running or due."""
+        while self._running is not None:
+            await asyncio.shield(self._running)
+
+    def close(self) -> None:
+        """Stop the commit thread; `idle` must have returned."""
+        self._thread.shutdown(wait=True)
+
+    def _start(self) -> None:
+        items, self._waiting = self._waiting, []
+        self._wanted = False
+        overlay = self._overlay.freeze() if self._overlay else None
+        this = _Round(items, overlay, self._segments.busy(), self._segments.take_retired())
+        running = self._loop.run_in_executor(self._thread, self._run, this)
+        running.add_done_callback(lambda done: self._finish(this, done))
+
+    def _finish(self, this: _Round, done: asyncio.Future[None]) -> None:
+        if (bug := done.exception()) is not None:
+            this.error = as_kvdb_error(bug, "commit")
+        self.rounds += 1
+        self.error = this.error
+        self._refresh()
+        self._holds.end_round()
+        if this.overlay is not None and self._overlay is not None:
+            self._overlay.thawed(this.error)
+        for item in this.items:
+            error = this.error or item.error
+            if item.extent is not None:
+                self._segments.resolved(item.extent.segment)
+                if error is not None:
+                    this.work.freed.append(item.extent)
+            if item.future.done():
+                continue  # its command was cancelled; what it asked for is done all the same
+            if error is not None:
+                item.future.set_exception(error)
+            else:
+                item.future.set_result(item.result)
+        if this.work.freed or this.work.unlinked:
+            self._thread.submit(self._segments.tidy, this.work.freed, this.work.unlinked)
+        if self._waiting or self._wanted:
+            self._loop.call_soon(self._start)
+        else:
+            assert self._running is not None
+            self._running.set_result(None)
+            self._running = None
+
+    # In the commit thread from here on.
+
+    def _run(self, this: _Round) -> None:
+        self._sync(this.items)
+        txn = self._index.begin_write()
+        try:
+            if this.overlay is not None:
+                this.overlay(txn, this.work)
+            for item in this.items:
+                if item.error is None and item.function is not _nothing:
+                    self._run_item(txn, this.work, item)
+            for segment in this.retired:
+                this.work.add_live(segment, 0)
+            sweep(txn, this.work, self._holds)
+            settle(txn, this.work, this.busy)
+            self._files.commit(txn.raw.commit)
+        except Exception as error:
+            txn.raw.abort()
+            this.error = as_kvdb_error(error, "commit")
+            this.work = Work()
+
+    def _sync(self, items: Sequence[_Item[object]]) -> None:
+        by_segment: dict[int, list[_Item[object]]] = {}
+        for item in items:
+            if item.extent is not None:
+                by_segment.setdefault(item.extent.segment, []).append(item)
+        for segment, writers in by_segment.items():
+            try:
+                self._segments.datasync(segment)
+            except OSError as error:
+                # After a failed sync the kernel may have dropped the bytes and call the next sync a success.
+                # Nothing past the committed length of this segment can be trusted: never append there again.
+                self._segments.abandon(segment)
+                for item in writers:
+                    item.error = as_kvdb_error(error, "sync of a segment")
+
+    def _run_item(self, parent: Txn, work: Work, item: _Item[object]) -> None:
+        child = self._index.begin_write(parent)
+        own = Work()
+        try:
+            item.result = item.function(child, own)
+            child.raw.commit()
+        except Exception as error:
+            child.raw.abort()
+            item.error = as_kvdb_error(error, "commit")
+        else:
+            work.merge(own)
+
+
+def _nothing(_txn: Txn, _work: Work) -> None:
+    """The item of a bare flush."""

@@ -1,0 +1,150 @@
+"""Entries of the keyspace: their types, and their bytes in tables KEYS, EXPIRES and NAMES.
+
+    name key   u16 db, 8-byte hash of the key, then the key; a key over 400 bytes is cut there and followed by its
+               32-byte blake3 hash, since LMDB keys are at most 511 bytes. The hash comes first so that SCAN's cursor
+               can be a plain integer that stays valid whatever happens to other keys.
+    entry      msgpack [type, expiry in Unix ms or 0, value]; a cut key follows as a fourth item
+    string     bytes
+    snapshot   [id, [field, value, ...], pinned, created ms]
+    session    [uid, fingerprint, base id or empty, tokens in base, lineage id or empty]
+
+A snapshot's reference count follows its entries: `write_entry` is the only place that changes an entry, and it runs
+inside the committing transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+import msgpack
+from blake3 import blake3
+
+from kvdb_protocol.errors import FormatError
+
+KEY_INLINE_BYTES = 400
+_HASH_AT = 2
+_KEY_AT = 10
+DATABASES = 16
+
+
+class EntryType(IntEnum):
+    """What a key's value is. On disk as an integer."""
+
+    STRING = 1
+    HASH = 2
+    ZSET = 3
+    SNAPSHOT = 4
+    SESSION = 5
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotValue:
+    """A key that names a snapshot. `meta` is what the user attached to this name, not to the snapshot."""
+
+    id: bytes
+    meta: Mapping[bytes, bytes] = field(default_factory=dict)
+    pinned: bool = False
+    created_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionValue:
+    """A live timeline: its base snapshot (or None), then the tokens in the journal under `uid` (16 bytes).
+
+    base_tokens: tokens of the timeline that come from the base; fewer than the base holds after a rewind.
+    lineage: the snapshot that the next snapshot of this session names as its parent.
+    """
+
+    uid: bytes
+    fingerprint: bytes
+    base: bytes | None = None
+    base_tokens: int = 0
+    lineage: bytes | None = None
+
+
+Value = bytes | SnapshotValue | SessionValue
+
+
+class Entry(NamedTuple):
+    """What a key holds. expire_ms: Unix ms, 0 for never. A named tuple: SET makes one per command."""
+
+    type: int
+    expire_ms: int
+    value: Value
+
+
+def key_hash(key: bytes) -> bytes:
+    """The 8 bytes that order keys in a database."""
+    return hashlib.blake2b(key, digest_size=8).digest()
+
+
+def name_key(db: int, key: bytes) -> bytes:
+    """Key of table KEYS."""
+    head = db.to_bytes(2, "big") + key_hash(key)
+    if len(key) <= KEY_INLINE_BYTES:
+        return head + key
+    return head + key[:KEY_INLINE_BYTES] + blake3(key).digest()
+
+
+def name_db(name: bytes) -> int:
+    """Database number of a name key."""
+    return int.from_bytes(name[:_HASH_AT], "big")
+
+
+def name_hash(name: bytes) -> int:
+    """The hash part of a name key as a number: SCAN's cursor."""
+    return int.from_bytes(name[_HASH_AT:_KEY_AT], "big")
+
+
+def encode_entry(key: bytes, entry: Entry) -> bytes:
+    """The entry's bytes in table KEYS."""
+    value: object = entry.value
+    if isinstance(value, SnapshotValue):
+        flat = [part for pair in value.meta.items() for part in pair]
+        value = [value.id, flat, value.pinned, value.created_ms]
+    elif isinstance(value, SessionValue):
+        value = [value.uid, value.fingerprint, value.base or b"", value.base_tokens, value.lineage or b""]
+    row: list[object] = [int(entry.type), entry.expire_ms, value]
+    if len(key) > KEY_INLINE_BYTES:
+        row.append(key)
+    data: bytes = msgpack.packb(row)
+    return data
+
+
+def decode_entry(data: bytes) -> Entry:
+    """Inverse of encode_entry."""
+    row = msgpack.unpackb(data)
+    kind, expire_ms, value = row[0], row[1], row[2]
+    if kind == EntryType.STRING:
+        return Entry(kind, expire_ms, value)
+    if kind == EntryType.SNAPSHOT:
+        snapshot_id, flat, pinned, created_ms = value
+        meta = dict(zip(flat[::2], flat[1::2], strict=True))
+        return Entry(kind, expire_ms, SnapshotValue(snapshot_id, meta, pinned, created_ms))
+    if kind == EntryType.SESSION:
+        uid, fingerprint, base, base_tokens, lineage = value
+        return Entry(kind, expire_ms, SessionValue(uid, fingerprint, base or None, base_tokens, lineage or None))
+    raise FormatError(f"unknown entry type {kind}")
+
+
+def decode_key(name: bytes, data: bytes) -> bytes:
+    """The user's key of a row of table KEYS."""
+    if len(name) - _KEY_AT <= KEY_INLINE_BYTES:
+        return name[_KEY_AT:]
+    key: bytes = msgpack.unpackb(data)[3]
+    return key
+
+
+def referenced_snapshot(entry: Entry | None) -> bytes | None:
+    """The snapshot that an entry keeps alive."""
+    if entry is None:
+        return None
+    if isinstance(entry.value, SnapshotValue):
+        return entry.value.id
+    if isinstance(entry.value, SessionValue):
+        return entry.value.base
+    return None

@@ -1,0 +1,26 @@
+"""Turns errors of the operating system and of LMDB into what a client sees."""
+
+from __future__ import annotations
+
+import errno
+
+import lmdb
+
+from kvdb.errors import KvdbError, NoSpaceError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def as_kvdb_error(error: BaseException, doing: str) -> KvdbError:
+    """The error a command answers when `doing` failed with `error`."""
+    if isinstance(error, KvdbError):
+        return error
+    if isinstance(error, OSError):
+        text = error.strerror or str(error)
+        if error.errno in _FULL:
+            return NoSpaceError(f"{doing}: {text}; free space or delete keys, then retry")
+        return KvdbError(f"{doing}: {text}")
+    # py-lmdb reports the operating system's error as text only.
+    if isinstance(error, lmdb.MapFullError) or "No space left" in str(error) or "Disk quota" in str(error):
+        return NoSpaceError(f"{doing}: {error}; free space or delete keys, then retry")
+    return KvdbError(f"{doing}: {type(error).__name__}: {error}")
