@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kvdb_protocol.dsv4 import encode_payload
+from kvdb_protocol.layout import Codec, Layout
+from kvdb_tools.bench import main
+from kvdb_tools.bench.commands import _measure
+from kvdb_tools.bench.main import cell_text
+from kvdb_tools.bench.plot import draw
+from kvdb_tools.bench.registry import SCENARIOS
+from kvdb_tools.bench.scenario import Bars, MissingError, Result, Scenario
+from kvdb_tools.bench.session50 import unique_bytes, whole_state
+
+# The geometry of DeepSeek V4 Flash.
+FLASH = Layout(
+    vocab=129280,
+    context=1 << 20,
+    window=128,
+    head_dim=512,
+    rope_dim=64,
+    index_dim=128,
+    ratios=(0, 0, *(4 if layer % 2 == 0 else 128 for layer in range(2, 43))),
+    page_tokens=256,
+    kv_codec=Codec.FP8_F16,
+    index_codec=Codec.FP4,
+)
+
+
+@pytest.mark.parametrize("n_tokens", [128, 2048, 4096])
+def test_whole_states_have_the_size_of_real_ones(n_tokens: int) -> None:
+    # The size formula of ds4's format at this geometry; real files have these sizes.
+    expected = 52 + 4 * n_tokens + 517120 + 344 + 11272192
+    expected += 21 * (2560 * (n_tokens // 4) + 81920) + 20 * (2048 * (n_tokens // 128) + 524288)
+    assert sum(len(piece) for piece in encode_payload(whole_state(FLASH, n_tokens))) == expected
+
+
+def test_unique_bytes_count_rows_once_and_windows_each_time() -> None:
+    one, two = unique_bytes(FLASH, [2048]), unique_bytes(FLASH, [1024, 2048])
+    own = 4 * 129280 + 43 * 128 * 583 + 21 * 2 * 4 * (4 * 1024 + 4 * 256)
+    assert two - one == own
+    assert one == own + 4 * 2048 + 21 * 512 * (583 + 68) + 20 * 16 * 583
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = Bars("s", ["a", "b"], {"x": [1.0, 2.0], "y": [2.0, 1.0]})
+    result = Result("toy", ("what", "value"), [["a", 1], ["b", 12345.6]], ["a note"], bars)
+
+    def fails(_: object) -> Result:
+        raise MissingError("redis-server is not installed")
+
+    monkeypatch.setitem(SCENARIOS, "commands", Scenario("commands", "", lambda _: result))
+    monkeypatch.setitem(SCENARIOS, "session50", Scenario("session50", "", fails))
+
+
+def test_a_scenario_prints_a_table_and_json(toy: None) -> None:
+    shown = CliRunner().invoke(main, ["commands"])
+    assert shown.exit_code == 0
+    assert "12,346" in shown.stdout
+    assert "a note" in shown.stdout
+    done = CliRunner().invoke(main, ["commands", "--json"])
+    assert json.loads(done.stdout)["results"]["commands"]["rows"] == [
+        {"what": "a", "value": 1},
+        {"what": "b", "value": 12345.6},
+    ]
+
+
+def test_what_cannot_run_fails_and_the_rest_goes_on(toy: None) -> None:
+    done = CliRunner().invoke(main, ["session50", "commands"])
+    assert done.exit_code == 1
+    assert "redis-server is not installed" in done.stdout
+    assert "a note" in done.stdout
+    assert CliRunner().invoke(main, ["nope"]).exit_code == 2
+    assert CliRunner().invoke(main, []).exit_code == 2
+
+
+def test_a_chart_is_a_picture(toy: None, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = CliRunner().invoke(main, ["commands", "--plot", str(tmp_path / "a.png")])
+    assert done.exit_code == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_chart_of_nothing_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(Exception, match="has a chart"):
+        draw([Result("t", ("a",))], tmp_path / "a.png")
+
+
+def test_redis_benchmark_is_read_behind_its_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "WARNING: Could not fetch server CONFIG\n"
+        '"test","rps","avg_latency_ms","min_latency_ms","p50_latency_ms","p95_latency_ms","p99_latency_ms","max_latency_ms"\n'
+        '"SET","1000.00","0.2","0.1","0.3","0.4","0.5","0.6"\n'
+    )
+    done = subprocess.CompletedProcess([], 0, text, "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert _measure("redis-benchmark", 1, "set", 1, 10) == (1000.0, 0.3, 0.5)
+
+
+def test_cells_are_for_people() -> None:
+    assert [cell_text(cell) for cell in (None, 1234567, 0.12345, 54321.9, "x")] == [
+        "", "1,234,567", "0.123", "54,322", "x",
+    ]  # fmt: skip

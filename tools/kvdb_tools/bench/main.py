@@ -1,0 +1,79 @@
+"""The command line of kvdb-bench. Exit status: 0 fine, 1 a scenario could not run, 2 wrong use."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from kvdb_tools.bench.registry import SCENARIOS
+from kvdb_tools.bench.scenario import Cell, MissingError, Result, Settings
+from kvdb_tools.daemon import CommandError, DaemonError
+
+
+@click.command(epilog="Scenarios: " + "; ".join(f"{s.name}: {s.summary}" for s in SCENARIOS.values()))
+@click.argument("scenarios", nargs=-1, required=True, metavar="SCENARIO...", type=click.Choice(sorted(SCENARIOS)))
+@click.option("--json", "as_json", is_flag=True, help="Results as JSON on standard output.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the charts into FILE.png.")
+@click.option("--quick", is_flag=True, help="A short version: fewer repetitions, numbers less steady.")
+@click.option("--model", default="dsv4-nano", show_default=True, help="Model name or path.")
+def main(scenarios: tuple[str, ...], as_json: bool, plot: Path | None, quick: bool, model: str) -> None:
+    """Measure kvdb beside its baselines, in one run on this machine."""
+    console = Console(stderr=as_json, highlight=False)
+    results: dict[str, Result] = {}
+    failed = False
+    for name in scenarios:
+        with tempfile.TemporaryDirectory(prefix="kvdb-bench-") as scratch:
+            settings = Settings(
+                Path(scratch), quick, model, lambda line: console.print(line, style="dim", markup=False)
+            )
+            try:
+                results[name] = SCENARIOS[name].run(settings)
+            except (MissingError, CommandError, DaemonError, OSError) as error:
+                console.print(f"{name}: {error}", style="red", markup=False)
+                failed = True
+                continue
+        show(console, results[name])
+    if as_json:
+        print(json.dumps({"machine": machine(), "results": {n: r.as_dict() for n, r in results.items()}}, indent=1))
+    else:
+        console.print(f"on {machine()}", style="dim")
+    if plot and results:
+        from kvdb_tools.bench.plot import draw
+
+        draw(list(results.values()), plot)
+    raise SystemExit(1 if failed else 0)
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+
+
+def show(console: Console, result: Result) -> None:
+    """Print one result."""
+    table = Table(title=result.title, caption="\n".join(result.notes), caption_justify="left")
+    for number, column in enumerate(result.columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in result.rows:
+        table.add_row(*(cell_text(cell) for cell in row))
+    console.print(table)
+
+
+def cell_text(cell: Cell) -> str:
+    """A table cell for people."""
+    match cell:
+        case None:
+            return ""
+        case int():
+            return f"{cell:,}"
+        case float():
+            return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
+        case str():
+            return cell
