@@ -1,0 +1,215 @@
+"""The model: weights of all layers, and the forward pass of one chunk of tokens over one state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvdb_engine.attention import AttentionWeights, LayerState, Positions, attend
+from kvdb_engine.compressor import CompressorState, CompressorWeights
+from kvdb_engine.config import ModelConfig
+from kvdb_engine.hyper import HyperHeadWeights, HyperWeights, collapse_streams, join_streams, split_streams
+from kvdb_engine.indexer import IndexerWeights
+from kvdb_engine.moe import MoeWeights, feed_forward
+from kvdb_engine.ops import Array, Ops
+from kvdb_engine.rope import compressed_rope, window_rope
+from kvdb_engine.weights import HostTensor, TensorSource, need, need_experts
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer. The two norms are (hidden,)."""
+
+    hc_attn: HyperWeights
+    attn_norm: Array
+    attn: AttentionWeights
+    hc_ffn: HyperWeights
+    ffn_norm: Array
+    ffn: MoeWeights
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """Everything that `Model` computes with."""
+
+    embed: object
+    layers: tuple[LayerWeights, ...]
+    hc_head: HyperHeadWeights
+    norm: Array
+    head: object
+
+
+def load_weights(
+    ops: Ops, config: ModelConfig, source: TensorSource, progress: Callable[[int, int], None] = lambda done, of: None
+) -> ModelWeights:
+    """Read all weights of a model. progress(done, of) is called after each layer.
+
+    Raises ModelError naming a tensor that is missing or has another shape than the config says.
+    """
+    c = config
+
+    def vector(name: str, *shape: int) -> Array:
+        return ops.array(need(source, name, shape).dense())
+
+    def matrix(name: str, out: int, inner: int) -> object:
+        return ops.weight(need(source, name, (out, inner)))
+
+    def hyper(name: str) -> HyperWeights:
+        n = c.hc_streams
+        outputs = 2 * n + n * n
+        scale = need(source, f"{name}_scale", (3,)).dense()
+        fn = matrix(f"{name}_fn", outputs, n * c.hidden)
+        return HyperWeights(fn, tuple(float(s) for s in scale), vector(f"{name}_base", outputs))
+
+    def compressor(name: str, ratio: int, width: int) -> CompressorWeights:
+        columns = width * (2 if ratio == 4 else 1)
+        return CompressorWeights(
+            kv=matrix(f"{name}.wkv", columns, c.hidden),
+            gate=matrix(f"{name}.wgate", columns, c.hidden),
+            ape=vector(f"{name}.ape", ratio, columns),
+            norm=vector(f"{name}.norm", width),
+        )
+
+    def attention(layer: int, ratio: int) -> AttentionWeights:
+        a = f"layers.{layer}.attn"
+        group_in = c.n_heads * c.head_dim // c.o_groups
+        o_a = need(source, f"{a}.wo_a", (c.o_groups * c.o_rank, group_in)).dense()
+        indexer = None
+        if ratio == 4:
+            indexer = IndexerWeights(
+                query=matrix(f"{a}.indexer.wq_b", c.index_heads * c.index_dim, c.q_rank),
+                share=matrix(f"{a}.indexer.weights_proj", c.index_heads, c.hidden),
+                compressor=compressor(f"{a}.indexer.compressor", ratio, c.index_dim),
+            )
+        return AttentionWeights(
+            q_a=matrix(f"{a}.wq_a", c.q_rank, c.hidden),
+            q_norm=vector(f"{a}.q_norm", c.q_rank),
+            q_b=matrix(f"{a}.wq_b", c.n_heads * c.head_dim, c.q_rank),
+            kv=matrix(f"{a}.wkv", c.head_dim, c.hidden),
+            kv_norm=vector(f"{a}.kv_norm", c.head_dim),
+            sinks=vector(f"{a}.attn_sink", c.n_heads),
+            o_a=ops.weight(HostTensor(o_a.reshape(c.o_groups, c.o_rank, group_in))),
+            o_b=matrix(f"{a}.wo_b", c.hidden, c.o_groups * c.o_rank),
+            compressor=compressor(f"{a}.compressor", ratio, c.head_dim) if ratio else None,
+            indexer=indexer,
+        )
+
+    def moe(layer: int) -> MoeWeights:
+        f = f"layers.{layer}.ffn"
+        shared = c.expert_width * c.n_shared_experts
+        table = bias = None
+        if layer < c.n_hash_layers:
+            shape = (c.vocab, c.experts_per_token)
+            table = need(source, f"{f}.gate.tid2eid", shape).dense().astype(np.int32)
+        elif source.find(f"{f}.gate.bias") is not None:
+            bias = vector(f"{f}.gate.bias", c.n_experts)
+        into, out_of = (c.n_experts, c.expert_width, c.hidden), (c.n_experts, c.hidden, c.expert_width)
+        return MoeWeights(
+            router=matrix(f"{f}.gate", c.n_experts, c.hidden),
+            bias=bias,
+            table=table,
+            experts=ops.expert_weights(
+                need_experts(source, layer, "w1", into),
+                need_experts(source, layer, "w3", into),
+                need_experts(source, layer, "w2", out_of),
+            ),
+            shared_gate=matrix(f"{f}.shared_experts.w1", shared, c.hidden),
+            shared_up=matrix(f"{f}.shared_experts.w3", shared, c.hidden),
+            shared_down=matrix(f"{f}.shared_experts.w2", c.hidden, shared),
+        )
+
+    layers = []
+    for number, ratio in enumerate(c.ratios):
+        name = f"layers.{number}"
+        layers.append(
+            LayerWeights(
+                hc_attn=hyper(f"{name}.hc_attn"),
+                attn_norm=vector(f"{name}.attn_norm", c.hidden),
+                attn=attention(number, ratio),
+                hc_ffn=hyper(f"{name}.hc_ffn"),
+                ffn_norm=vector(f"{name}.ffn_norm", c.hidden),
+                ffn=moe(number),
+            )
+        )
+        progress(number + 1, c.n_layers)
+    head_scale = float(need(source, "hc_head_scale", (1,)).dense()[0])
+    head_fn = matrix("hc_head_fn", c.hc_streams, c.hc_streams * c.hidden)
+    return ModelWeights(
+        embed=matrix("embed", c.vocab, c.hidden),
+        layers=tuple(layers),
+        hc_head=HyperHeadWeights(head_fn, head_scale, vector("hc_head_base", c.hc_streams)),
+        norm=vector("norm", c.hidden),
+        head=matrix("head", c.vocab, c.hidden),
+    )
+
+
+def empty_layers(ops: Ops, config: ModelConfig) -> tuple[LayerState, ...]:
+    """The state of every layer before the first token."""
+
+    def compressor(ratio: int, width: int) -> CompressorState:
+        columns = width * (2 if ratio == 4 else 1)
+        nothing = ops.array(np.zeros((0, columns), np.float32))
+        return CompressorState(ops.no_rows(width), nothing, nothing)
+
+    window = ops.array(np.zeros((0, config.head_dim), np.float32))
+    return tuple(
+        LayerState(
+            window,
+            compressor(ratio, config.head_dim) if ratio else None,
+            compressor(ratio, config.index_dim) if ratio == 4 else None,
+        )
+        for ratio in config.ratios
+    )
+
+
+class Model:
+    """Weights bound to a back end. Holds no state of any session."""
+
+    def __init__(self, ops: Ops, config: ModelConfig, weights: ModelWeights) -> None:
+        self.ops = ops
+        self.config = config
+        self.weights = weights
+        self._window_rope = window_rope(config)
+        self._compressed_rope = compressed_rope(config)
+
+    def forward(
+        self, layers: tuple[LayerState, ...], ids: npt.NDArray[np.uint32], first: int, want_logits: bool = True
+    ) -> tuple[tuple[LayerState, ...], Array | None]:
+        """Run T tokens at positions first, first + 1, ... over a state of `first` tokens.
+
+        Returns the new layer states (the old ones stay valid) and the (vocab,) logits after the last token, or None.
+        """
+        ops, c = self.ops, self.config
+        positions = first + np.arange(len(ids), dtype=np.int64)
+        at_window = Positions(first, self._window_rope, self._table(positions, compressed=False))
+        at_compressed = Positions(first, self._compressed_rope, self._table(positions, compressed=True))
+        embedded = ops.embed(self.weights.embed, ids)
+        streams = ops.concatenate([embedded[:, None]] * c.hc_streams, axis=1)
+        after = []
+        for ratio, weights, state in zip(c.ratios, self.weights.layers, layers, strict=True):
+            x, post, comb = self._split(weights.hc_attn, streams)
+            x = ops.norm(x, weights.attn_norm, c.norm_eps)
+            x, new = attend(ops, c, weights.attn, ratio, state, x, at_compressed if ratio else at_window)
+            after.append(new)
+            streams = join_streams(streams, x, post, comb)
+            x, post, comb = self._split(weights.hc_ffn, streams)
+            x = feed_forward(ops, c, weights.ffn, ops.norm(x, weights.ffn_norm, c.norm_eps), ids)
+            streams = join_streams(streams, x, post, comb)
+        if not want_logits:
+            return tuple(after), None
+        last = collapse_streams(ops, self.weights.hc_head, streams[-1:], hc_eps=c.hc_eps, norm_eps=c.norm_eps)
+        logits = ops.linear(self.weights.head, ops.norm(last, self.weights.norm, c.norm_eps))
+        return tuple(after), logits[0]
+
+    def _split(self, weights: HyperWeights, streams: Array) -> tuple[Array, Array, Array]:
+        c = self.config
+        return split_streams(
+            self.ops, weights, streams, iterations=c.hc_iterations, hc_eps=c.hc_eps, norm_eps=c.norm_eps
+        )
+
+    def _table(self, positions: npt.NDArray[np.int64], *, compressed: bool) -> tuple[Array, Array]:
+        cos, sin = (self._compressed_rope if compressed else self._window_rope).table(positions)
+        return self.ops.array(cos), self.ops.array(sin)

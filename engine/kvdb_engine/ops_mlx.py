@@ -1,0 +1,223 @@
+# ruff: noqa: D102 - the methods are documented in ops.Ops
+"""Ops on MLX arrays: the back end for Metal and CUDA, and for MLX's own CPU device.
+
+MLX is lazy: nothing is computed before `evaluate` or `host`. Results are deterministic for equal shapes on one device. TF32
+products are switched off: they would make a state depend on the card.
+
+Choices that avoid silent traps of MLX 0.32: no gather_mm with sorted indices or inserted axes (wrong rows on CUDA);
+selections go through unique 64-bit keys, since argsort and argpartition break ties by array length.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+# Read by MLX when its CUDA back end starts.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+import mlx.core as mx
+import numpy as np
+
+from kvdb_engine.ops import MASKED, Array, ExpertWeights, Rows
+from kvdb_engine.packing import F32, FP4_BLOCK, FP8_BLOCK
+from kvdb_engine.rounding import hadamard
+
+_ROW_CAPACITY_MIN = 64
+
+
+class MlxOps:
+    """See ops.Ops."""
+
+    def __init__(self, *, cpu: bool = False) -> None:
+        """cpu: compute on the processor even where a GPU is present."""
+        if cpu:
+            mx.set_default_device(mx.cpu)
+        self.is_gpu = mx.default_device() != mx.cpu
+        self.name = "mlx" if self.is_gpu else "mlx-cpu"
+        self._hadamards: dict[int, mx.array] = {}
+
+    def array(self, host: Any) -> Array:
+        return mx.array(np.ascontiguousarray(host))
+
+    def host(self, array: Array) -> F32:
+        # A copy: memory of an MLX array may be reused for a later result.
+        return np.array(array.astype(mx.float32), dtype=np.float32)
+
+    def evaluate(self, arrays: Sequence[Array]) -> None:
+        mx.eval(list(arrays))
+
+    def weight(self, tensor: Any) -> Any:
+        return mx.array(tensor.dense())
+
+    def expert_weights(self, gate: Any, up: Any, down: Any) -> ExpertWeights:
+        return ExpertWeights(self.weight(gate), self.weight(up), self.weight(down))
+
+    def linear(self, weight: Any, x: Array) -> Array:
+        return x @ weight.T
+
+    def grouped_linear(self, weight: Any, x: Array) -> Array:
+        return (x.swapaxes(0, 1) @ weight.swapaxes(1, 2)).swapaxes(0, 1)
+
+    def embed(self, weight: Any, ids: Any) -> Array:
+        return weight[mx.array(ids)]
+
+    def concatenate(self, parts: Sequence[Array], axis: int) -> Array:
+        return mx.concatenate(list(parts), axis=axis)
+
+    def norm(self, x: Array, weight: Array | None, eps: float) -> Array:
+        return mx.fast.rms_norm(x, weight, eps)
+
+    def rotate(self, x: Array, table: tuple[Array, Array], inverse: bool = False) -> Array:
+        cos, sin = table
+        if inverse:
+            sin = -sin
+        if x.ndim == 3:
+            cos, sin = cos[:, None], sin[:, None]
+        first = x.shape[-1] - 2 * cos.shape[-1]
+        even, odd = x[..., first::2], x[..., first + 1 :: 2]
+        turned = mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+        return mx.concatenate([x[..., :first], turned.reshape(*x.shape[:-1], -1)], axis=-1)
+
+    def sigmoid(self, x: Array) -> Array:
+        return mx.sigmoid(x)
+
+    def softmax(self, x: Array, axis: int) -> Array:
+        return mx.softmax(x, axis=axis)
+
+    def maximum(self, x: Array, bound: float) -> Array:
+        return mx.maximum(x, bound)
+
+    def keep(self, mask: Array, x: Array) -> Array:
+        return mx.where(mask, x, MASKED)
+
+    def arange(self, start: int, stop: int) -> Array:
+        return mx.arange(start, stop)
+
+    def round_kv(self, rows: Array, rope_dim: int) -> Array:
+        nope = rows.shape[-1] - rope_dim
+        if nope % FP8_BLOCK == 0:
+            blocks = rows[..., :nope].reshape(*rows.shape[:-1], -1, FP8_BLOCK)
+            scale = _block_scale(blocks, 1e-4, 8, 0x600000)
+            rounded = mx.from_fp8(mx.to_fp8(blocks / scale), dtype=mx.float32) * scale
+            rows = mx.concatenate([rounded.reshape(*rows.shape[:-1], nope), rows[..., nope:]], axis=-1)
+        return self.round_f16(rows)
+
+    def round_index(self, x: Array) -> Array:
+        width = x.shape[-1]
+        if width not in self._hadamards:
+            self._hadamards[width] = mx.array(hadamard(width))
+        turned = (x.reshape(-1, width) @ self._hadamards[width]) * width**-0.5
+        blocks = turned.reshape(-1, width // FP4_BLOCK, FP4_BLOCK)
+        scale = _block_scale(blocks, 7.052966e-38, 2, 0x400000)
+        return (_nearest_e2m1(blocks / scale) * scale).reshape(x.shape)
+
+    def round_f16(self, x: Array) -> Array:
+        return x.astype(mx.float16).astype(mx.float32)
+
+    def sinkhorn(self, matrices: Array, iterations: int, eps: float) -> Array:
+        m = matrices / (matrices.sum(axis=-2, keepdims=True) + eps)
+        for _ in range(iterations - 1):
+            m = m / (m.sum(axis=-1, keepdims=True) + eps)
+            m = m / (m.sum(axis=-2, keepdims=True) + eps)
+        return m
+
+    def router_scores(self, logits: Array) -> Array:
+        return mx.sqrt(mx.logaddexp(logits, mx.array(0.0)))
+
+    def top_experts(self, scores: Array, count: int) -> Array:
+        return _top(scores, count)
+
+    def take_columns(self, x: Array, columns: Array) -> Array:
+        return mx.take_along_axis(x, columns, axis=-1)
+
+    def top_rows(self, scores: Array, count: int) -> Array:
+        return mx.sort(_top(scores, count), axis=-1)
+
+    def gather(self, rows: Array, index: Array) -> Array:
+        return rows[index]
+
+    def experts(self, weights: ExpertWeights, x: Array, ids: Array, share: Array, limit: float) -> Array:
+        if x.shape[0] == 1:
+            gate = x @ weights.gate[ids[0]].swapaxes(1, 2)
+            up = x @ weights.up[ids[0]].swapaxes(1, 2)
+            middle = self.swiglu(gate, up, limit) * share[0][:, None, None]
+            return (middle @ weights.down[ids[0]].swapaxes(1, 2)).sum(0)
+        # Every expert gets a block of rows, as long as the fullest one needs: batched products instead of a loop.
+        n_experts, (n_tokens, count) = weights.gate.shape[0], ids.shape
+        flat = ids.reshape(-1)
+        mine = flat[None] == mx.arange(n_experts)[:, None]  # (experts, tokens * count)
+        slot = mx.cumsum(mine.astype(mx.int32), axis=1)
+        capacity = int(slot[:, -1].max().item())
+        place = flat * capacity + (mx.take_along_axis(slot, flat[None], axis=0)[0] - 1)
+        source = mx.zeros(n_experts * capacity, mx.int32)
+        source[place] = mx.arange(n_tokens * count, dtype=mx.int32) // count
+        rows = x[source].reshape(n_experts, capacity, -1)
+        middle = self.swiglu(rows @ weights.gate.swapaxes(1, 2), rows @ weights.up.swapaxes(1, 2), limit)
+        shares = mx.zeros(n_experts * capacity)
+        shares[place] = share.reshape(-1)
+        middle = middle * shares.reshape(n_experts, capacity, 1)
+        out = (middle @ weights.down.swapaxes(1, 2)).reshape(n_experts * capacity, -1)
+        return out[place].reshape(n_tokens, count, -1).sum(1)
+
+    def swiglu(self, gate: Array, up: Array, limit: float) -> Array:
+        gate = mx.minimum(gate, limit)
+        return gate * mx.sigmoid(gate) * mx.clip(up, -limit, limit)
+
+    def no_rows(self, width: int) -> Rows:
+        return Rows(mx.zeros((0, width)), 0)
+
+    def append(self, rows: Rows, new: Array) -> Rows:
+        buffer, wanted = rows.buffer, rows.n_rows + new.shape[0]
+        capacity = _capacity(wanted)
+        if capacity != buffer.shape[0]:
+            # The capacity follows from the number of rows alone, so a restored run looks like one that grew.
+            missing = mx.zeros((capacity - rows.n_rows, new.shape[1]))
+            buffer = mx.concatenate([buffer[: rows.n_rows], missing], axis=0)
+        # In place when nobody else holds the buffer, else a copy: MLX decides by reference count.
+        start = mx.array([rows.n_rows], dtype=mx.int32)
+        return Rows(mx.slice_update(buffer, new, start, axes=(0,)), wanted)
+
+    def view(self, rows: Rows) -> Array:
+        return rows.buffer[: rows.n_rows]
+
+
+def _capacity(n_rows: int) -> int:
+    """n_rows rounded up to three significant bits: at most a quarter more."""
+    if n_rows <= _ROW_CAPACITY_MIN:
+        return _ROW_CAPACITY_MIN
+    step = 1 << (n_rows.bit_length() - 3)
+    return -(-n_rows // step) * step
+
+
+def _block_scale(blocks: Array, floor: float, shift: int, limit: int) -> Array:
+    """packing.block_exponents as powers of two, for (..., n_blocks, block) values; keeps the last axis."""
+    bits = mx.maximum(mx.abs(blocks).max(axis=-1, keepdims=True), floor).view(mx.int32)
+    exponent = (bits >> 23) - shift + ((bits & 0x7FFFFF) > limit).astype(mx.int32)
+    return (exponent << 23).view(mx.float32)
+
+
+def _nearest_e2m1(values: Array) -> Array:
+    """Nearest of 0, .5, 1, 1.5, 2, 3, 4, 6 with sign; ties to the even code. Comparisons only: safe under fast-math."""
+    magnitude = mx.abs(values)
+    steps = ((0.25, True), (0.75, False), (1.25, True), (1.75, False), (2.5, True), (3.5, False), (5.0, True))
+    gains = (0.5, 0.5, 0.5, 0.5, 1.0, 1.0, 2.0)
+    out = mx.zeros_like(magnitude)
+    for (border, even_below), gain in zip(steps, gains, strict=True):
+        over = magnitude > border if even_below else magnitude >= border
+        out = out + over.astype(mx.float32) * gain
+    return mx.where(values.view(mx.int32) < 0, -out, out)
+
+
+def _top(scores: Array, count: int) -> Array:
+    """(T, count) columns of the largest scores, the best first; ties to the lower column.
+
+    Keys are unique: the float's bits, made to sort as integers, above the negated column.
+    """
+    bits = (scores + 0.0).view(mx.int32).astype(mx.int64)
+    rising = mx.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    column = mx.arange(scores.shape[-1], dtype=mx.int64)
+    keys = column - (rising << 32)  # the smallest key is the best
+    best = mx.sort(keys, axis=-1)[..., :count]
+    return (best & 0xFFFFFFFF).astype(mx.int32)

@@ -1,0 +1,105 @@
+"""Sampling: logits + position + seed -> token id, without any state.
+
+The random number for the token at `position` is a pure function of (seed, position): the splitmix64 output function
+over a counter. So a restored or forked session with the same seed continues identically, and another seed gives
+another branch. Needs numpy only: the daemon samples stored logits without an engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to draw a token. Defaults as in ds4.
+
+    temperature: 0 or less takes the most likely id (the lowest id on ties). top_k: 0 = no limit. top_p: 1 = no limit.
+    min_p: drops ids less likely than min_p times the most likely one. seed: any integer, taken modulo 2^64.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that have no meaning; the message names the field."""
+        if not np.isfinite(self.temperature):
+            raise ValueError(f"temperature must be finite, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def _mix(value: int) -> int:
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits that depends on seed and position alone."""
+    key = _mix((seed & _MASK) ^ 0x6B76_6462_7365_6564)
+    return (_mix((key + _GOLDEN * (position + 1)) & _MASK) >> 11) * 2.0**-53
+
+
+def log_probabilities(logits: F32) -> F64:
+    """Natural log of the softmax over the whole vocabulary, in float64. logits: (vocab,) float32."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max()
+    wide -= np.log(np.exp(wide).sum())
+    return wide
+
+
+def logprob(logits: F32, token_id: int) -> float:
+    """Log-probability of one id at temperature 1, without any cut."""
+    return float(log_probabilities(logits)[token_id])
+
+
+def top(logits: F32, count: int) -> list[tuple[int, float, float]]:
+    """The `count` most likely ids as (id, logit, logprob), best first; equal logits in the order of their ids."""
+    order = np.argsort(-logits, kind="stable")[: max(count, 0)]
+    logs = log_probabilities(logits)
+    return [(int(i), float(logits[i]), float(logs[i])) for i in order]
+
+
+def sample(logits: F32, position: int, sampling: Sampling) -> int:
+    """Draw the id of the token at `position` (0-based: the number of tokens before it).
+
+    logits: (vocab,) float32, not modified. Ids are walked in the order of falling logit, equal ones by id, so the
+    result does not depend on how a sort breaks ties.
+    """
+    if sampling.temperature <= 0:
+        return int(np.argmax(logits))
+    order = np.argsort(-logits, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    scaled = logits[order].astype(np.float64) / sampling.temperature
+    weights = np.exp(scaled - scaled[0])
+    if sampling.min_p:
+        weights = weights[: int(np.count_nonzero(weights >= sampling.min_p))]
+    cumulative = np.cumsum(weights)
+    if sampling.top_p < 1:
+        # The shortest prefix that reaches top_p of what is left; at least one id.
+        keep = int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1
+        cumulative = cumulative[:keep]
+    drawn = uniform(sampling.seed, position) * cumulative[-1]
+    chosen = min(int(np.searchsorted(cumulative, drawn, side="right")), len(cumulative) - 1)
+    return int(order[chosen])

@@ -1,0 +1,133 @@
+"""GGUF files in ds4's layout: tensor names, and dequantisation through the `gguf` package.
+
+GGUF lists dimensions innermost first; shapes here are the usual (out, in). One file holds metadata, tokenizer and
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvdb_engine.errors import ModelError
+from kvdb_engine.packing import F32
+from kvdb_engine.weights import Tensor
+
+_GLOBAL = {
+    "embed": "token_embd",
+    "head": "output",
+    "norm": "output_norm",
+    "hc_head_fn": "output_hc_fn",
+    "hc_head_base": "output_hc_base",
+    "hc_head_scale": "output_hc_scale",
+}
+_LAYER = {
+    "hc_attn_fn": "hc_attn_fn",
+    "hc_attn_base": "hc_attn_base",
+    "hc_attn_scale": "hc_attn_scale",
+    "hc_ffn_fn": "hc_ffn_fn",
+    "hc_ffn_base": "hc_ffn_base",
+    "hc_ffn_scale": "hc_ffn_scale",
+    "attn_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "attn.wq_a": "attn_q_a",
+    "attn.q_norm": "attn_q_a_norm",
+    "attn.wq_b": "attn_q_b",
+    "attn.wkv": "attn_kv",
+    "attn.kv_norm": "attn_kv_a_norm",
+    "attn.attn_sink": "attn_sinks",
+    "attn.wo_a": "attn_output_a",
+    "attn.wo_b": "attn_output_b",
+    "attn.compressor.wkv": "attn_compressor_kv",
+    "attn.compressor.wgate": "attn_compressor_gate",
+    "attn.compressor.ape": "attn_compressor_ape",
+    "attn.compressor.norm": "attn_compressor_norm",
+    "attn.indexer.wq_b": "indexer.attn_q_b",
+    "attn.indexer.weights_proj": "indexer.proj",
+    "attn.indexer.compressor.wkv": "indexer_compressor_kv",
+    "attn.indexer.compressor.wgate": "indexer_compressor_gate",
+    "attn.indexer.compressor.ape": "indexer_compressor_ape",
+    "attn.indexer.compressor.norm": "indexer_compressor_norm",
+    "ffn.gate": "ffn_gate_inp",
+    "ffn.gate.tid2eid": "ffn_gate_tid2eid",
+    "ffn.shared_experts.w1": "ffn_gate_shexp",
+    "ffn.shared_experts.w3": "ffn_up_shexp",
+    "ffn.shared_experts.w2": "ffn_down_shexp",
+}
+_EXPERTS = {"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"}
+
+
+def gguf_name(name: str) -> str:
+    """The GGUF name of an official tensor name (without .weight)."""
+    if not name.startswith("layers."):
+        return f"{_GLOBAL[name]}.weight"
+    _, layer, rest = name.split(".", 2)
+    if rest == "ffn.gate.bias":
+        return f"blk.{layer}.exp_probs_b.bias"
+    return f"blk.{layer}.{_LAYER[rest]}.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor of a mapped file; the values are decoded when asked for."""
+
+    raw: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See weights.Tensor."""
+        return tuple(int(n) for n in reversed(self.raw.shape))
+
+    @property
+    def kind(self) -> str:
+        """The GGUF type's name, e.g. Q8_0."""
+        name: str = self.raw.tensor_type.name
+        return name
+
+    def dense(self) -> F32:
+        """See weights.Tensor."""
+        from gguf.quants import dequantize
+
+        if self.kind == "I32":
+            return np.asarray(self.raw.data).reshape(self.shape).astype(np.float32)
+        return np.ascontiguousarray(dequantize(self.raw.data, self.raw.tensor_type), np.float32).reshape(self.shape)
+
+
+class GgufSource:
+    """A GGUF file, mapped into memory. Implements weights.TensorSource."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from gguf import GGUFReader
+        except ImportError as error:
+            raise ModelError(f"{path}: reading GGUF needs the gguf package: pip install 'kvdb[engine]'") from error
+        self.where = str(path)
+        try:
+            self._reader = GGUFReader(path)
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise ModelError(f"{path}: not a readable GGUF file: {error}") from error
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+
+    @cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """Every metadata key with its value as Python numbers, strings or lists."""
+        return {key: field.contents() for key, field in self._reader.fields.items()}
+
+    def kinds(self) -> dict[str, str]:
+        """GGUF type of each tensor, by GGUF name."""
+        return {name: tensor.tensor_type.name for name, tensor in self._tensors.items()}
+
+    def find(self, name: str) -> Tensor | None:
+        """See weights.TensorSource."""
+        raw = self._tensors.get(gguf_name(name))
+        return None if raw is None else GgufTensor(raw)
+
+    def find_experts(self, layer: int, part: str) -> Tensor | None:
+        """See weights.TensorSource."""
+        raw = self._tensors.get(f"blk.{layer}.{_EXPERTS[part]}.weight")
+        return None if raw is None else GgufTensor(raw)

@@ -1,0 +1,187 @@
+"""Hugging Face folders: safetensors files under official DeepSeek tensor names.
+
+Reads headers and maps the data, so nothing is copied before a tensor is asked for. Kinds of tensors: plain (F32, F16,
+BF16, whole numbers); FP8 e4m3 with one E8M0 (or F32) scale per 128 x 128 block; FP4 (two e2m1 per byte, low nibble
+first) with one E8M0 scale per 32 inputs. A scale has the matrix's name with `.scale` (or `.weight_scale_inv`) instead
+of `.weight`.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvdb_engine.errors import ModelError
+from kvdb_engine.packing import E2M1, E4M3, F32
+from kvdb_engine.weights import HostTensor, Tensor
+
+HEADER_LIMIT = 100 << 20  # the format's own limit for the JSON header
+_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "|i1",
+    "U8": "|u1",
+    "U16": "<u2",
+    "U32": "<u4",
+    "BOOL": "|u1",
+    "F8_E4M3": "|u1",
+    "F8_E8M0": "|u1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of one file: its stored kind, stored shape, and raw values (BF16 as u16, FP8 as u8)."""
+
+    kind: str
+    shape: tuple[int, ...]
+    values: npt.NDArray[Any]
+
+    def dense(self) -> F32:
+        """Values as float32, without any scale."""
+        match self.kind:
+            case "BF16":
+                return (self.values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            case "F8_E4M3":
+                return E4M3[self.values]
+            case "F8_E8M0":
+                powers: F32 = np.exp2(self.values.astype(np.float32) - 127)  # whole exponents: exact
+                return powers
+            case _:
+                return self.values.astype(np.float32)
+
+
+def read_file(path: Path) -> dict[str, Entry]:
+    """All tensors of a safetensors file, mapped. Raises ModelError naming the file."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            size = path.stat().st_size
+            (length,) = struct.unpack("<Q", head) if len(head) == 8 else (0,)
+            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+                raise ModelError(f"{path}: not a safetensors file, or cut short")
+            header = json.loads(file.read(length))
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + length :]
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: missing; is the download complete?") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path}: unreadable: {error}") from error
+    found = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            kind, shape = info["dtype"], tuple(int(n) for n in info["shape"])
+            first, last = info["data_offsets"]
+            dtype = np.dtype(_DTYPES[kind])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{path}: tensor {name} has an unknown kind or bad header entry: {info}") from error
+        if last - first != dtype.itemsize * int(np.prod(shape, dtype=np.int64)) or last > len(data):
+            raise ModelError(f"{path}: tensor {name} is cut short; is the download complete?")
+        found[name] = Entry(kind, shape, np.frombuffer(data[first:last], dtype).reshape(shape))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledTensor:
+    """An FP8 or FP4 matrix with its block scales."""
+
+    entry: Entry
+    scale: Entry
+
+    @property
+    def is_fp4(self) -> bool:
+        """FP4 packs two values into a byte, which official files call I8."""
+        return self.entry.kind in ("I8", "U8")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See weights.Tensor."""
+        out, inner = self.entry.shape
+        return (out, 2 * inner) if self.is_fp4 else (out, inner)
+
+    def dense(self) -> F32:
+        """See weights.Tensor."""
+        out, inner = self.shape
+        scale = self.scale.dense()
+        if self.is_fp4:
+            raw = self.entry.values.view(np.uint8)
+            values = np.empty((out, inner), np.float32)
+            values[:, 0::2], values[:, 1::2] = E2M1[raw & 15], E2M1[raw >> 4]
+        else:
+            values = self.entry.dense()
+        rows, columns = -(-out // scale.shape[0]), -(-inner // scale.shape[1])
+        spread = np.repeat(np.repeat(scale, rows, axis=0)[:out], columns, axis=1)[:, :inner]
+        return np.ascontiguousarray(values * spread)
+
+
+class SafetensorsSource:
+    """A folder of safetensors files. Implements weights.TensorSource."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self._entries: dict[str, Entry] = {}
+        for path in weight_files(folder):
+            self._entries.update(read_file(path))
+        # "model." in front is how some exports write the same names.
+        if not any(name.startswith("layers.") for name in self._entries):
+            self._entries = {name.removeprefix("model."): entry for name, entry in self._entries.items()}
+
+    def kinds(self) -> dict[str, str]:
+        """Stored kind of each tensor, by its name in the file."""
+        return {name: entry.kind for name, entry in self._entries.items()}
+
+    def find(self, name: str) -> Tensor | None:
+        """See weights.TensorSource."""
+        entry = self._entries.get(f"{name}.weight", self._entries.get(name))
+        if entry is None:
+            return None
+        for suffix in (".scale", ".weight_scale_inv", ".weight_scale"):
+            scale = self._entries.get(name + suffix)
+            if scale is not None and len(scale.shape) == 2 and len(entry.shape) == 2:
+                return ScaledTensor(entry, scale)
+        return HostTensor(entry.dense())
+
+    def find_experts(self, layer: int, part: str) -> Tensor | None:
+        """See weights.TensorSource."""
+        values: list[F32] = []
+        while (tensor := self.find(f"layers.{layer}.ffn.experts.{len(values)}.{part}")) is not None:
+            values.append(tensor.dense())
+        if not values:
+            return None
+        if len({value.shape for value in values}) > 1:
+            raise ModelError(f"{self.where}: experts of layer {layer} ({part}) differ in shape")
+        return HostTensor(np.stack(values))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, sorted: those the index names, or all there are. Raises ModelError."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index}: unreadable index: {error}") from error
+        paths = sorted(folder / str(name) for name in names)
+        missing = [path.name for path in paths if not path.exists()]
+        if missing:
+            raise ModelError(f"{folder}: {', '.join(missing)} named by the index, but missing")
+        return paths
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ModelError(f"{folder}: holds no .safetensors file")
+    return found
