@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from kvdb_tools.cli.connection import Connection
 from kvdb_tools.cli.reply import Map, Reply, Set, Status
 
+# In Redis' notation keywords are the words in capitals.
+_KEYWORD = re.compile(r"(?<![\w-])[A-Z][A-Z0-9-]+(?![\w-])")
+
 
 @dataclass(frozen=True, slots=True)
 class CommandDoc:
@@ -33,20 +36,14 @@ def load_docs(connection: Connection) -> dict[str, CommandDoc]:
 def _add(docs: dict[str, CommandDoc], name: str, fields: Reply) -> None:
     name = name.replace("|", " ")
     found = {_text(key): value for key, value in _pairs(fields)}
-    arguments = [_argument(item) for item in _list(found.get("arguments"))]
-    tokens: list[str] = []
-    syntax = " ".join(_render(argument, tokens) for argument in arguments)
-    if not arguments and (given := _text(found.get("syntax"))):
-        # kvdb's own commands have free-form syntax; keywords are its upper-case words.
-        syntax = given
-        tokens = re.findall(r"(?<![\w-])[A-Z][A-Z-]+(?![\w-])", given)
+    syntax = " ".join(_render(_argument(item)) for item in _list(found.get("arguments")))
     docs[name] = CommandDoc(
         name=name,
         syntax=syntax,
         summary=_text(found.get("summary")),
         group=_text(found.get("group")),
         since=_text(found.get("since")),
-        tokens=tuple(dict.fromkeys(tokens)),
+        tokens=tuple(dict.fromkeys(_KEYWORD.findall(syntax))),
     )
     for sub_name, sub_fields in _pairs(found.get("subcommands")):
         _add(docs, _text(sub_name).upper(), sub_fields)
@@ -56,23 +53,21 @@ def _argument(item: Reply) -> dict[str, Reply]:
     return {_text(key): value for key, value in _pairs(item)}
 
 
-def _render(argument: dict[str, Reply], tokens: list[str]) -> str:
-    """One argument in Redis' own notation; collects the keywords it passes."""
+def _render(argument: dict[str, Reply]) -> str:
+    """One argument in Redis' own notation."""
     token = _text(argument.get("token"))
     kind = _text(argument.get("type"))
     name = _text(argument.get("display_text")) or _text(argument.get("name"))
     flags = {_text(flag) for flag in _list(argument.get("flags"))}
     inner = [_argument(item) for item in _list(argument.get("arguments"))]
-    if token and token != '""':
-        tokens.append(token)
     if kind == "pure-token":
         body, token = token, ""
     elif kind == "oneof":
-        body = " | ".join(_render(item, tokens) for item in inner)
+        body = " | ".join(_render(item) for item in inner)
         # Without brackets around it an alternative would swallow its neighbours.
         body = body if "optional" in flags and not token else f"<{body}>"
     elif kind == "block":
-        body = " ".join(_render(item, tokens) for item in inner)
+        body = " ".join(_render(item) for item in inner)
     else:
         body = name
     spelled = f"{token} {body}" if token else body
