@@ -93,8 +93,13 @@ class ModelInfo:
 def open_model(spec: str) -> ModelInfo:
     """Open a model by built-in name, folder or .gguf file, optionally as NAME=PATH.
 
-    Reads headers and samples of the weights, not the weights. Raises ModelError with the file and the remedy.
+    Reads headers and samples of the weights, not the weights. `synthetic:...` names a geometry for load tests
+    (synthetic_model.py). Raises ModelError with the file and the remedy.
     """
+    if spec.startswith("synthetic:") or "=synthetic:" in spec:
+        from kvdb_engine.synthetic_model import open_synthetic  # it builds on this module
+
+        return open_synthetic(spec)
     name, path = _locate(spec)
     if path.is_dir():
         return _open_folder(name, path)
