@@ -107,7 +107,7 @@ class BusyError(KvdbError):
 
 
 class StalePagesError(BusyError):
-    """A page that the writer skipped as already stored has been freed meanwhile: ask again what is known, then write."""
+    """A page that the writer skipped as stored was freed meanwhile: ask again what is known, then write."""
 
 
 class SnapshotGoneError(KvdbError):

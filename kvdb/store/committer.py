@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from kvdb.errors import KvdbError
-from kvdb.store.failures import as_kvdb_error
+from kvdb.store.errors import as_kvdb_error
 from kvdb.store.files import Files
 from kvdb.store.holds import Holds, sweep
 from kvdb.store.index import Index, Txn

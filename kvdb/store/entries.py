@@ -41,6 +41,9 @@ class EntryType(IntEnum):
     SESSION = 5
 
 
+_STRING = EntryType.STRING
+
+
 @dataclass(frozen=True, slots=True)
 class SnapshotValue:
     """A key that names a snapshot. `meta` is what the user attached to this name, not to the snapshot."""
@@ -72,7 +75,7 @@ Value = bytes | SnapshotValue | SessionValue
 class Entry(NamedTuple):
     """What a key holds. expire_ms: Unix ms, 0 for never. A named tuple: SET makes one per command."""
 
-    type: int
+    type: EntryType
     expire_ms: int
     value: Value
 
@@ -118,17 +121,17 @@ def encode_entry(key: bytes, entry: Entry) -> bytes:
 def decode_entry(data: bytes) -> Entry:
     """Inverse of encode_entry."""
     row = msgpack.unpackb(data)
-    kind, expire_ms, value = row[0], row[1], row[2]
-    if kind == EntryType.STRING:
-        return Entry(kind, expire_ms, value)
-    if kind == EntryType.SNAPSHOT:
+    if row[0] == 1:  # the fast path: no enum look-up
+        return Entry(_STRING, row[1], row[2])
+    kind, expire_ms, value = EntryType(row[0]), row[1], row[2]
+    if kind is EntryType.SNAPSHOT:
         snapshot_id, flat, pinned, created_ms = value
         meta = dict(zip(flat[::2], flat[1::2], strict=True))
         return Entry(kind, expire_ms, SnapshotValue(snapshot_id, meta, pinned, created_ms))
-    if kind == EntryType.SESSION:
+    if kind is EntryType.SESSION:
         uid, fingerprint, base, base_tokens, lineage = value
         return Entry(kind, expire_ms, SessionValue(uid, fingerprint, base or None, base_tokens, lineage or None))
-    raise FormatError(f"unknown entry type {kind}")
+    raise FormatError(f"entries of type {kind.name} are not stored by this version")
 
 
 def decode_key(name: bytes, data: bytes) -> bytes:

@@ -11,7 +11,15 @@ import logging
 import msgpack
 from blake3 import blake3
 
-from kvdb.store.entries import Entry, SessionValue, decode_entry, decode_key, encode_entry, name_key, referenced_snapshot
+from kvdb.store.entries import (
+    Entry,
+    SessionValue,
+    decode_entry,
+    decode_key,
+    encode_entry,
+    name_key,
+    referenced_snapshot,
+)
 from kvdb.store.index import Table, Txn, from_u64, u16, u64
 from kvdb.store.snapshots import ref_snapshot, unref_snapshot
 from kvdb.store.work import Work
@@ -48,6 +56,7 @@ def write_entry(txn: Txn, work: Work, db: int, key: bytes, entry: Entry | None) 
         work.uids.setdefault(old.value.uid, False)
     if entry is not None and isinstance(entry.value, SessionValue):
         work.uids[entry.value.uid] = True
+        txn.put(Table.SESSIONS, entry.value.uid, msgpack.packb([db, key]))
 
 
 def _move_reference(

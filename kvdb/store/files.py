@@ -2,7 +2,7 @@
 
 Tests replace `OsFiles` by an implementation that records calls, injects errors and simulates power loss. The one
 call that is not about a file we own, the commit of the index, passes through `commit` so that it can fail or stop
-there too. Errors are OSError; `kvdb.store.failures` turns them into what a client sees.
+there too. Errors are OSError; `kvdb.store.errors` turns them into what a client sees.
 """
 
 from __future__ import annotations

@@ -8,10 +8,11 @@ some whole commit.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import msgpack
@@ -42,6 +43,7 @@ class Table(IntEnum):
     MODELS = 11  # fingerprint -> ModelRow
     JOURNAL = 12  # session uid, u64 first position -> u32 little-endian token ids
     PENDING = 13  # id of an unreferenced snapshot that was being read -> nothing
+    SESSIONS = 14  # session uid -> [db, key]
 
 
 _U16 = struct.Struct(">H")
@@ -90,8 +92,9 @@ def from_end_key(data: bytes) -> tuple[bytes, int, bytes, bytes]:
 class Txn:
     """A transaction with the tables at hand. Values returned are copies and outlive it."""
 
-    def __init__(self, txn: lmdb.Transaction, tables: list[object]) -> None:
-        self.raw = txn
+    def __init__(self, txn: lmdb.Transaction, tables: Sequence[Any]) -> None:
+        # Any: py-lmdb types keys and values as bytes or memoryview, and without `buffers` they are bytes.
+        self.raw: Any = txn
         self._tables = tables
 
     def get(self, table: Table, key: bytes) -> bytes | None:
@@ -139,7 +142,7 @@ class Txn:
                     return
                 yield key, value
 
-    def cursor(self, table: Table) -> lmdb.Cursor:
+    def cursor(self, table: Table) -> Any:
         """A bare cursor, for loops that seek."""
         return self.raw.cursor(self._tables[table])
 
@@ -210,7 +213,7 @@ class Index:
             self._env.close()
             raise
 
-    def _open_tables(self, read_only: bool) -> list[object]:
+    def _open_tables(self, read_only: bool) -> list[Any]:
         if not read_only:
             self._env.reader_check()  # slots of readers that were killed would keep old pages alive
             # Also on an old index: a table that a newer version of this program added is created empty.

@@ -3,7 +3,7 @@
 Pages that exist imply their ancestors, so the deepest stored page of a prompt is found by doubling steps and then a
 binary search over prefix hashes: the cost follows the length of the match, not of the prompt. From there upwards the
 first level at which some snapshot's tail continues the prompt holds the answer, since a tail is shorter than a page.
-Within a level table ENDS is ordered by tail length: one seek for each distinct length, however many snapshots end there.
+Within a level table ENDS is ordered by tail length: one seek a distinct length, however many snapshots end there.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvdb.errors import CorruptError, SnapshotGoneError
-from kvdb.store.failures import as_kvdb_error
+from kvdb.store.errors import as_kvdb_error
 from kvdb.store.files import Files
 from kvdb.store.index import Txn
 from kvdb.store.rows import PageRow, SnapshotRow, record_name

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from kvdb.store.files import Files
 from kvdb.store.index import Table, Txn, place_key
+from kvdb.store.records import Reservation
 from kvdb.store.rows import PlaceRow, SegmentRow
-from kvdb.store.snapshots import Reservation
 from kvdb.store.work import Extent
 from kvdb_protocol.record import SEGMENT_HEADER_BYTES, encode_segment_header
 

@@ -7,81 +7,13 @@ look only at the pages between the new leaf and the first one that exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-from kvdb.errors import KvdbError, StalePagesError, WrongModelError
+from kvdb.errors import KvdbError, SnapshotGoneError, StalePagesError, WrongModelError
 from kvdb.store.index import Table, Txn, end_key, place_key
+from kvdb.store.records import CommittedSnapshot, NewSnapshot, Usage, WrittenRecord
 from kvdb.store.rows import ModelRow, PageRow, PlaceRow, Reason, RecordType, SnapshotRow, pack
 from kvdb.store.work import Extent, Work
 from kvdb_protocol.ids import ID_BYTES, NO_PAGE, extend_prefix, root_prefix
 from kvdb_protocol.record import ALIGN, record_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Where a writer may write records: the append position of its own segment."""
-
-    segment_id: int
-    path: Path
-    offset: int
-    created_ms: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenRecord:
-    """A record that a writer put at `offset` of the reserved segment.
-
-    parent, prefix, first, n_tokens are of pages: parent page id, prefix hash after its tokens, its span.
-    """
-
-    type: RecordType
-    id: bytes
-    offset: int
-    payload_bytes: int
-    parent: bytes = NO_PAGE
-    prefix: bytes = b""
-    first: int = 0
-    n_tokens: int = 0
-
-    @property
-    def end(self) -> int:
-        """Offset after the record and its padding."""
-        return self.offset + record_bytes(self.payload_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class NewSnapshot:
-    """A snapshot to commit. `written` holds its tail and those of its pages that the writer did not know as stored.
-
-    leaf: its last full page, or NO_PAGE. prefix: the prefix hash of the leaf. tail_ids: u32 little-endian ids after it.
-    parent: the snapshot it continues. cached: keep it though no key names it.
-    """
-
-    id: bytes
-    fingerprint: bytes
-    leaf: bytes
-    n_tokens: int
-    prefix: bytes
-    tail_ids: bytes
-    reason: Reason
-    created_ms: int
-    written: Sequence[WrittenRecord]
-    reservation: Reservation
-    parent: bytes | None = None
-    cached: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class CommittedSnapshot:
-    """What a commit did. Bytes are of whole records on disk; existed: the very same state was stored already."""
-
-    id: bytes
-    bytes_new: int
-    bytes_shared: int
-    pages_new: int
-    existed: bool
 
 
 def check_written(new: NewSnapshot) -> int:
@@ -109,7 +41,7 @@ def commit_snapshot(txn: Txn, work: Work, new: NewSnapshot) -> CommittedSnapshot
     row = txn.snapshot(new.id)
     if row is not None:
         work.freed += [Extent(segment, record.offset, record.end - record.offset) for record in new.written]
-        if new.cached and not row.cached:
+        if new.is_cached and not row.cached:
             txn.put_snapshot(new.id, row._replace(cached=True, refs=row.refs + 1))
         return CommittedSnapshot(new.id, 0, row.record_bytes + _chain_bytes(txn, row.leaf), 0, True)
     tail = next((record for record in new.written if record.type == RecordType.TAIL and record.id == new.id), None)
@@ -119,22 +51,22 @@ def commit_snapshot(txn: Txn, work: Work, new: NewSnapshot) -> CommittedSnapshot
     leaf = txn.page(new.leaf)
     prefix = leaf.prefix if leaf else root_prefix(model.family)
     first = leaf.first + leaf.n_tokens if leaf else 0
-    if prefix != new.prefix or first + len(new.tail_ids) // 4 != new.n_tokens:
+    if prefix != new.leaf_prefix or first + len(new.tail_ids) // 4 != new.n_tokens:
         raise KvdbError("the snapshot's prefix hash or token count does not fit its leaf page")
     parent = new.parent or b""
     tail_hash = extend_prefix(prefix, new.tail_ids)
     txn.put_snapshot(
         new.id,
         SnapshotRow(
-            *(model.number, new.leaf, new.n_tokens, first, parent, int(new.reason), new.created_ms),
-            *(segment, tail.offset, tail.payload_bytes, prefix, tail_hash, int(new.cached), new.cached),
+            *(model.number, new.leaf, new.n_tokens, first, parent, int(Reason[new.reason.upper()]), new.created_ms),
+            *(segment, tail.offset, tail.payload_bytes, prefix, tail_hash, int(new.is_cached), new.is_cached),
         ),
     )
     txn.put(Table.ENDS, end_key(prefix, new.n_tokens - first, tail_hash, new.id), pack((model.number,)))
     if parent:
         txn.put(Table.CHILDREN, parent + new.id, b"")
     _put_record(txn, work, segment, tail)
-    if not new.cached:
+    if not new.is_cached:
         # An entry of the same item will name it. Should that not happen, the sweep frees it.
         work.unreferenced.add(new.id)
     for record in new.written:
@@ -177,6 +109,21 @@ def _add_pages(
         txn.put(Table.PREFIXES, prefix + record.id, pack((model.number,)))
         _put_record(txn, work, new.reservation.segment_id, record)
     return frozenset(record.id for record in missing)
+
+
+def usage(txn: Txn, snapshot_id: bytes) -> Usage:
+    """A snapshot's own and shared bytes. Raises SnapshotGoneError."""
+    row = txn.snapshot(snapshot_id)
+    if row is None:
+        raise SnapshotGoneError(f"there is no snapshot {snapshot_id.hex()}")
+    leaf = page = txn.page(row.leaf)
+    own = row.record_bytes
+    # A page that something else refs, and so every ancestor of it, is shared: the walk ends at the first one.
+    while page is not None and page.refs == 1:
+        own += page.record_bytes
+        page = txn.page(page.parent)
+    total = row.record_bytes + (leaf.chain_bytes if leaf else 0)
+    return Usage(row.first // leaf.n_tokens if leaf else 0, own, total - own)
 
 
 def _put_record(txn: Txn, work: Work, segment: int, record: WrittenRecord) -> None:

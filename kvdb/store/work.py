@@ -84,6 +84,7 @@ def settle(txn: Txn, work: Work, busy: Iterable[int]) -> None:
         txn.put_meta(size_name(db), txn.meta(size_name(db)) + delta)
     for uid, is_named in work.uids.items():
         if not is_named:
+            txn.delete(Table.SESSIONS, uid)
             for key, _ in list(txn.scan(Table.JOURNAL, prefix=uid)):
                 txn.delete(Table.JOURNAL, key)
     in_use = set(busy)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import google_crc32c
+import numpy as np
 
 from kvdb_protocol.errors import ChecksumError, FormatError, VersionError
 from kvdb_protocol.ids import Buffer
@@ -35,6 +36,7 @@ SEGMENT_MAGIC = b"KVDBSEG1"
 RECORD_MAGIC = b"KVR1"
 VERSION = 1
 
+_TYPES = frozenset(range(1, 4))
 _SEGMENT = struct.Struct("<8sIIQQ")
 _RECORD = struct.Struct("<4sBBHQQII16s16x")
 _CRC_AT = 28
@@ -68,8 +70,8 @@ def crc32c(buffers: Sequence[Buffer]) -> int:
     """crc32c (Castagnoli) of the concatenation of the buffers."""
     crc = 0
     for buffer in buffers:
-        # The C extension takes bytes-like objects without a copy; a cast makes any contiguous view byte-shaped.
-        crc = google_crc32c.extend(crc, buffer if isinstance(buffer, bytes) else memoryview(buffer).cast("B"))
+        # The C extension refuses memoryviews, but takes an array over the same memory: no copy either way.
+        crc = google_crc32c.extend(crc, buffer if isinstance(buffer, bytes) else np.frombuffer(buffer, np.uint8))
     return crc
 
 
@@ -108,7 +110,7 @@ def decode_header(data: Buffer) -> RecordHeader:
         raise ChecksumError("record header checksum mismatch")
     if version != VERSION:
         raise VersionError(f"record version {version} is not supported")
-    if record_type not in RecordType.__members__.values():
+    if record_type not in _TYPES:
         raise FormatError(f"unknown record type {record_type}")
     if decoded_bytes != n_bytes or flags:
         raise VersionError("record uses compression or flags this version does not know")

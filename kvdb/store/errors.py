@@ -6,7 +6,7 @@ import errno
 
 import lmdb
 
-from kvdb.errors import KvdbError, NoSpaceError
+from kvdb.errors import KvdbError, NoSpaceError, SnapshotGoneError, StalePagesError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -24,3 +24,6 @@ def as_kvdb_error(error: BaseException, doing: str) -> KvdbError:
     if isinstance(error, lmdb.MapFullError) or "No space left" in str(error) or "Disk quota" in str(error):
         return NoSpaceError(f"{doing}: {error}; free space or delete keys, then retry")
     return KvdbError(f"{doing}: {type(error).__name__}: {error}")
+
+
+__all__ = ["SnapshotGoneError", "StalePagesError", "as_kvdb_error"]

@@ -1,0 +1,477 @@
+"""The keyspace: what every key holds, read and changed on the event-loop thread without waiting for a disk.
+
+Changes go to an in-memory layer, the *active* one. A commit round takes it whole (`freeze`); while that round is under
+way the frozen layer lies between the active layer and the index, and when it is committed it is dropped. A round that
+fails gives its layer back: the changes are merged under the newer ones and go with the next round. So a reader always
+sees every change in order, and a layer, hence a command or a transaction, is on disk as a whole or not at all.
+
+Small entries that were read or committed lately are kept decoded in `_clean`: it only ever repeats what the index says.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import msgpack
+
+from kvdb.errors import KvdbError, WrongTypeError
+from kvdb.store.committer import Committer, ItemFunction
+from kvdb.store.entries import (
+    DATABASES,
+    Entry,
+    EntryType,
+    SessionValue,
+    SnapshotValue,
+    decode_entry,
+    decode_key,
+    key_hash,
+    name_db,
+    name_hash,
+    name_key,
+)
+from kvdb.store.entry_writes import (
+    clear_database,
+    cut_journal,
+    drop_journal,
+    read_journal,
+    write_entry,
+    write_journal,
+)
+from kvdb.store.index import Index, Table, Txn, from_u64, u16, u64
+from kvdb.store.work import Work, size_name
+
+Type = EntryType  # callers say keyspace.Type.SESSION
+_SESSION = EntryType.SESSION
+_MISSING: Any = object()
+_CLEAN_ENTRIES = 32768  # by database; a few MB
+_CLEAN_BYTES = 1024  # larger strings are read from the index each time
+_HASHES = 1 << 64
+
+
+def _clock_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class _Layer:
+    """Changes on top of what lies below: entries (None: deleted), cleared databases, journal operations."""
+
+    __slots__ = ("below", "cleared", "due", "journal", "maps", "ordered", "seen")
+
+    def __init__(self) -> None:
+        self.maps: list[dict[bytes, Entry | None]] = [{} for _ in range(DATABASES)]
+        self.cleared: set[int] = set()
+        self.due: list[tuple[int, int, bytes]] = []  # heap of (expire ms, db, key); stale items are harmless
+        self.journal: dict[bytes, list[_JournalChange]] = {}
+        # Keys never leave a map before the layer does, so these describe its first `seen[db]` keys for good:
+        self.seen = [0] * DATABASES
+        self.below = [0] * DATABASES  # how many of them also exist below this layer
+        self.ordered: list[list[tuple[int, bytes]]] = [[] for _ in range(DATABASES)]  # (hash, key), sorted
+
+    def __bool__(self) -> bool:
+        return bool(self.cleared or self.journal or any(self.maps))
+
+    def forget_counts(self) -> None:
+        """What lies below has changed."""
+        self.seen = [0] * DATABASES
+        self.below = [0] * DATABASES
+
+
+class _JournalChange:
+    """One change of a session's journal: `ids` is None for a cut, b"" with `drop` for forgetting the beginning."""
+
+    __slots__ = ("drop", "ids", "position")
+
+    def __init__(self, position: int, ids: bytearray | None, drop: bool = False) -> None:
+        self.position = position
+        self.ids = ids
+        self.drop = drop
+
+
+class Keyspace:
+    """Keys of all databases. One thread only; see the module's first lines."""
+
+    def __init__(self, index: Index, committer: Committer, clock: Callable[[], int] = _clock_ms) -> None:
+        self._index = index
+        self._committer = committer
+        self._clock = clock
+        self._reader = index.begin()
+        self._active = _Layer()
+        self._maps = self._active.maps
+        self._frozen: _Layer | None = None
+        self._clean: list[dict[bytes, Entry | None]] = [{} for _ in range(DATABASES)]
+        self._expired: list[tuple[int, bytes]] = []
+        # Session uid -> where its entry was put last. An entry that was overwritten leaves a stale item behind, so
+        # every use looks at the entry itself.
+        self._sessions: dict[bytes, tuple[int, bytes]] = {
+            uid: tuple(msgpack.unpackb(value)) for uid, value in self._reader.scan(Table.SESSIONS)
+        }
+
+    # Reading
+
+    def get(self, db: int, key: bytes) -> Entry | None:
+        """What a key holds, or None. A key whose time has come is deleted on the way."""
+        entry: Entry | None = self._maps[db].get(key, _MISSING)
+        if entry is _MISSING:
+            entry = self._fetch(db, key)
+        if entry is not None and entry[1] and entry[1] <= self._clock():
+            self._expire(db, key)
+            return None
+        return entry
+
+    def typed(self, db: int, key: bytes, kind: EntryType) -> Entry | None:
+        """Like `get`; raises WrongTypeError when the key holds another type."""
+        entry = self.get(db, key)
+        if entry is not None and entry.type is not kind:
+            raise WrongTypeError
+        return entry
+
+    def exists(self, db: int, key: bytes) -> bool:
+        """Whether a key holds something."""
+        return self.get(db, key) is not None
+
+    def _fetch(self, db: int, key: bytes) -> Entry | None:
+        """What the layers below the active one say."""
+        if db in self._active.cleared:
+            return None
+        if (frozen := self._frozen) is not None:
+            entry: Entry | None = frozen.maps[db].get(key, _MISSING)
+            if entry is not _MISSING:
+                return entry
+            if db in frozen.cleared:
+                return None
+        entry = self._clean[db].get(key, _MISSING)
+        if entry is _MISSING:
+            data = self._reader.get(Table.KEYS, name_key(db, key))
+            entry = None if data is None else decode_entry(data)
+            self._keep_clean(db, key, entry)
+        return entry
+
+    def _keep_clean(self, db: int, key: bytes, entry: Entry | None) -> None:
+        clean = self._clean[db]
+        if entry is not None and isinstance(entry.value, bytes) and len(entry.value) > _CLEAN_BYTES:
+            clean.pop(key, None)
+            return
+        if len(clean) >= _CLEAN_ENTRIES:
+            clean.clear()
+        clean[key] = entry
+
+    def _is_stored_below(self, layer: _Layer, db: int, key: bytes) -> bool:
+        """Whether a key, expired or not, exists in the layers below `layer`."""
+        if db in layer.cleared:
+            return False
+        if layer is self._active and (frozen := self._frozen) is not None:
+            entry = frozen.maps[db].get(key, _MISSING)
+            if entry is not _MISSING:
+                return entry is not None
+            if db in frozen.cleared:
+                return False
+        return self._reader.get(Table.KEYS, name_key(db, key)) is not None
+
+    def size(self, db: int) -> int:
+        """Number of keys, also of those that have expired and were not deleted yet (as in Redis)."""
+        total = self._reader.meta(size_name(db))
+        for layer in (self._frozen, self._active):
+            if layer is None:
+                continue
+            if db in layer.cleared:
+                total = 0
+            entries = layer.maps[db]
+            for key in islice(entries, layer.seen[db], None):
+                layer.below[db] += self._is_stored_below(layer, db, key)
+            layer.seen[db] = len(entries)
+            deleted = list(entries.values()).count(None)
+            total += len(entries) - deleted - layer.below[db]
+        return total
+
+    # Changing
+
+    def put(self, db: int, key: bytes, entry: Entry) -> None:
+        """Set a key."""
+        self._maps[db][key] = entry
+        if entry[1]:
+            heapq.heappush(self._active.due, (entry[1], db, key))
+        if entry[0] is _SESSION:
+            self._sessions[entry[2].uid] = (db, key)  # type: ignore[union-attr]
+
+    def delete(self, db: int, key: bytes) -> bool:
+        """Delete a key; False if it held nothing."""
+        if self.get(db, key) is None:
+            return False
+        self._maps[db][key] = None
+        return True
+
+    def expire_at(self, db: int, key: bytes, ms: int | None) -> bool:
+        """Set or (None) remove the time at which a key is deleted, in Unix ms. False if there is no such key."""
+        entry = self.get(db, key)
+        if entry is None:
+            return False
+        self.put(db, key, entry._replace(expire_ms=ms or 0))
+        return True
+
+    def rename(self, db: int, source: bytes, target: bytes) -> bool:
+        """Move an entry to another key, replacing what that held. False if there is no such source."""
+        entry = self.get(db, source)
+        if entry is None:
+            return False
+        if source != target:
+            self._maps[db][source] = None
+            self.put(db, target, entry)
+        return True
+
+    def clear(self, db: int) -> None:
+        """Delete every key of a database."""
+        active = self._active
+        active.maps[db].clear()
+        active.ordered[db].clear()
+        active.seen[db] = active.below[db] = 0
+        active.cleared.add(db)
+        self._clean[db].clear()
+
+    def _expire(self, db: int, key: bytes) -> None:
+        self._maps[db][key] = None
+        self._expired.append((db, key))
+
+    # Walking
+
+    def scan(self, db: int, cursor: int, count: int) -> tuple[int, list[bytes]]:
+        """About `count` keys from `cursor` (0 to begin) and the next cursor (0: done).
+
+        A key that is there from the first call to the last is returned at least once, since the cursor is a bound on
+        the hash of keys: nothing that happens to other keys moves a key.
+        """
+        names = self._stored_names(db, cursor, count)
+        layers = [layer for layer in (self._frozen, self._active) if layer is not None]
+        for layer in layers:
+            names += self._ordered_from(layer, db, cursor, count)
+        names = sorted(set(names))
+        stop = _HASHES
+        if len(names) > count:
+            # Keys with equal hashes go together, or the cursor could not tell them apart.
+            stop = names[count - 1][0] + 1
+        keys = [key for number, key in names if number < stop and self.get(db, key) is not None]
+        return (stop if stop < _HASHES else 0), keys
+
+    def _stored_names(self, db: int, cursor: int, count: int) -> list[tuple[int, bytes]]:
+        """At least `count` + 1 (hash, key) of the index if there are that many, whole groups of equal hashes."""
+        if any(layer is not None and db in layer.cleared for layer in (self._frozen, self._active)):
+            return []
+        names: list[tuple[int, bytes]] = []
+        for name, data in self._reader.scan(Table.KEYS, u16(db) + u64(cursor), u16(db)):
+            number = name_hash(name)
+            if len(names) > count and number != names[-1][0]:
+                break
+            names.append((number, decode_key(name, data)))
+        return names
+
+    def _ordered_from(self, layer: _Layer, db: int, cursor: int, count: int) -> list[tuple[int, bytes]]:
+        """The same of a layer. Hashes each key of a layer once."""
+        ordered, entries = layer.ordered[db], layer.maps[db]
+        if len(ordered) < len(entries):
+            new = islice(entries, len(ordered), None)
+            ordered += [(int.from_bytes(key_hash(key), "big"), key) for key in new]
+            ordered.sort()
+        start = bisect_left(ordered, (cursor, b""))
+        stop = min(start + count + 1, len(ordered))
+        while 0 < stop < len(ordered) and ordered[stop][0] == ordered[stop - 1][0]:
+            stop += 1
+        return ordered[start:stop]
+
+    def random(self, db: int) -> bytes | None:
+        """Some key, or None in an empty database."""
+        for start in (random.randrange(_HASHES), 0):
+            cursor = start
+            while True:
+                cursor, keys = self.scan(db, cursor, 8)
+                if keys:
+                    return random.choice(keys)
+                if not cursor:
+                    break
+        return None
+
+    def expire_cycle(self, now_ms: int, limit: int = 1000) -> list[tuple[int, bytes]]:
+        """Delete keys whose time has come, at most `limit`; return those and the ones `get` deleted since last time."""
+        due = self._active.due
+        while due and due[0][0] <= now_ms and len(self._expired) < limit:
+            ms, db, key = heapq.heappop(due)
+            entry = self._maps[db].get(key)
+            if entry is not None and entry[1] == ms:
+                self._expire(db, key)
+        for name, _ in self._reader.scan(Table.EXPIRES):
+            ms = from_u64(name[:8])
+            if ms > now_ms or len(self._expired) >= limit:
+                break
+            db = name_db(name[8:])
+            data = self._reader.get(Table.KEYS, name[8:])
+            if data is None:
+                continue
+            key = decode_key(name[8:], data)
+            is_newer = key in self._maps[db] or db in self._active.cleared
+            if not is_newer and (entry := self._fetch(db, key)) is not None and entry[1] == ms:
+                self._expire(db, key)
+        expired, self._expired = self._expired, []
+        return expired
+
+    # The token journal of sessions
+
+    def journal_append(self, uid: bytes, first: int, ids: bytes) -> None:
+        """The session's tokens from position `first` on are now `ids` (u32 little-endian): also replaces."""
+        changes = self._active.journal.setdefault(uid, [])
+        if changes and (last := changes[-1]).ids is not None and last.position + len(last.ids) // 4 == first:
+            last.ids += ids
+        else:
+            changes.append(_JournalChange(first, bytearray(ids)))
+
+    def journal_cut(self, uid: bytes, n_tokens: int) -> None:
+        """Forget the session's tokens at positions `n_tokens` and later (REWIND)."""
+        self._active.journal.setdefault(uid, []).append(_JournalChange(n_tokens, None))
+
+    def journal_drop(self, uid: bytes, n_tokens: int) -> None:
+        """Forget the session's tokens before `n_tokens`: a snapshot holds them now."""
+        self._active.journal.setdefault(uid, []).append(_JournalChange(n_tokens, None, drop=True))
+
+    def journal_read(self, uid: bytes, first: int = 0) -> bytes:
+        """The session's tokens from position `first` on, u32 little-endian.
+
+        Raises KvdbError if the journal begins later or has a gap: some token is known to be missing.
+        """
+        start, ids = 0, bytearray()
+        changes = [_JournalChange(row_first, bytearray(row)) for row_first, row in read_journal(self._reader, uid)]
+        for layer in (self._frozen, self._active):
+            if layer is not None:
+                changes += layer.journal.get(uid, [])
+        for change in changes:
+            at = 4 * (change.position - start)
+            if change.drop:
+                start, ids = (change.position, ids[at:]) if at > 0 else (start, ids)
+            elif change.ids is None:
+                del ids[max(at, 0) :]
+            elif not ids:
+                start, ids = change.position, bytearray(change.ids)
+            elif at > len(ids) or at < 0:
+                raise KvdbError(f"the journal of session {uid.hex()} has a gap before position {change.position}")
+            else:
+                ids[at:] = change.ids
+        if ids and start > first:
+            raise KvdbError(f"the journal of session {uid.hex()} begins at {start}, after position {first}")
+        return bytes(ids[4 * (first - start) :])
+
+    # Sessions
+
+    def session_uids(self) -> set[bytes]:
+        """Uids of all sessions that some key names."""
+        for uid in [uid for uid, where in self._sessions.items() if self._session_at(uid, *where) is None]:
+            del self._sessions[uid]
+        return set(self._sessions)
+
+    def _session_at(self, uid: bytes, db: int, key: bytes) -> Entry | None:
+        entry = self.get(db, key)
+        if entry is None or not isinstance(entry.value, SessionValue) or entry.value.uid != uid:
+            return None
+        return entry
+
+    def rebase(self, uid: bytes, snapshot_id: bytes, n_tokens: int) -> bool:
+        """A session's first `n_tokens` tokens are in a snapshot now: name it as the base, drop them from the journal.
+
+        Both changes are of one layer, so a crash sees both or neither. False if no key names the session any more.
+        """
+        where = self._sessions.get(uid)
+        entry = None if where is None else self._session_at(uid, *where)
+        if where is None or entry is None or not isinstance(entry.value, SessionValue):
+            return False
+        value = SessionValue(uid, entry.value.fingerprint, snapshot_id, n_tokens, snapshot_id)
+        self.put(*where, entry._replace(value=value))
+        self.journal_drop(uid, n_tokens)
+        return True
+
+    # Rounds
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether something waits for a commit."""
+        return bool(self._active) or self._frozen is not None
+
+    async def flush(self) -> None:
+        """Everything changed so far becomes durable; raises what the commit failed with."""
+        await self._committer.flush()
+
+    def flush_soon(self) -> None:
+        """Begin to make changes durable, if there are any. The owner calls this every second."""
+        if self._active:
+            self._committer.kick()
+
+    def freeze(self) -> ItemFunction[None] | None:
+        """Hand the active layer over to a round (committer.Overlay)."""
+        if not self._active:
+            return None
+        layer = self._frozen = self._active
+        self._active = _Layer()
+        self._maps = self._active.maps
+        return lambda txn, work: _apply(txn, work, layer)
+
+    def thawed(self, error: KvdbError | None) -> None:
+        """The frozen layer is in the index, or (error) goes back under the active one (committer.Overlay)."""
+        layer, self._frozen = self._frozen, None
+        if layer is None:
+            return
+        if error is not None:
+            self._merge_under(layer)
+            return
+        for db, entries in enumerate(layer.maps):
+            if db in layer.cleared:
+                self._clean[db].clear()
+            for key, entry in entries.items():
+                self._keep_clean(db, key, entry)
+
+    def _merge_under(self, layer: _Layer) -> None:
+        active = self._active
+        for db, entries in enumerate(layer.maps):
+            if db not in active.cleared:
+                active.maps[db] = entries | active.maps[db]
+            active.ordered[db].clear()
+        for uid, changes in active.journal.items():
+            layer.journal.setdefault(uid, []).extend(changes)
+        active.journal = layer.journal
+        active.cleared |= layer.cleared
+        active.due = list(heapq.merge(active.due, layer.due))
+        heapq.heapify(active.due)
+        active.forget_counts()
+        self._maps = active.maps
+
+    def committed_elsewhere(self, db: int, key: bytes) -> None:
+        """Another item of a round wrote this key's entry (a snapshot and its key are one item)."""
+        self._clean[db].pop(key, None)
+
+    def refresh(self) -> None:
+        """A round is over: read from the newest commit from now on."""
+        self._reader.raw.abort()
+        self._reader = self._index.begin()
+
+    def close(self) -> None:
+        """End the read transaction."""
+        self._reader.raw.abort()
+
+
+def _apply(txn: Txn, work: Work, layer: _Layer) -> None:
+    """A layer's changes, in the commit thread. The layer is not changed while it is frozen."""
+    for db in layer.cleared:
+        clear_database(txn, work, db)
+    for db, entries in enumerate(layer.maps):
+        for key, entry in entries.items():
+            write_entry(txn, work, db, key, entry)
+    for uid, changes in layer.journal.items():
+        for change in changes:
+            if change.drop:
+                drop_journal(txn, uid, change.position)
+            elif change.ids is None:
+                cut_journal(txn, uid, change.position)
+            else:
+                write_journal(txn, uid, change.position, bytes(change.ids))
+
+
+__all__ = ["Entry", "Keyspace", "SessionValue", "SnapshotValue", "Type"]

@@ -1,0 +1,413 @@
+"""The store's face to the daemon: opening and recovery, snapshots, reads, lookups, figures.
+
+Methods without `async` do no file I/O beyond index reads and may be called on the event loop; the others do theirs in
+the commit thread or in the reader pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import msgpack
+
+from kvdb.errors import KvdbError, SnapshotGoneError, WrongModelError
+from kvdb.keyspace import Keyspace
+from kvdb.store.committer import Committer
+from kvdb.store.entries import Entry
+from kvdb.store.entry_writes import write_entry
+from kvdb.store.errors import as_kvdb_error
+from kvdb.store.files import Files, OsFiles
+from kvdb.store.holds import Holds
+from kvdb.store.index import Index, Table, Txn
+from kvdb.store.lock import Lock
+from kvdb.store.lookup import Match, longest_prefix
+from kvdb.store.read import Reader, RecordPlace, plan
+from kvdb.store.records import (
+    CommittedSnapshot,
+    ModelRecord,
+    NewSnapshot,
+    Reservation,
+    SnapshotRecord,
+    Usage,
+)
+from kvdb.store.rows import ModelRow, Reason, SnapshotRow, pack
+from kvdb.store.segments import Segments, gaps, live_extents
+from kvdb.store.snapshots import check_written, commit_snapshot, uncache_snapshot, usage
+from kvdb.store.stats import StoreStats, measure
+from kvdb.store.work import Extent, Work
+from kvdb_protocol.ids import root_prefix
+from kvdb_protocol.layout import Layout
+from kvdb_protocol.tail import Tail
+
+log = logging.getLogger("kvdb.store")
+T = TypeVar("T")
+
+READER_THREADS = 4
+MATCH_HOLD_S = 1.0
+
+
+class Store:
+    """One data directory. Built by `open`; everything but `close` may fail with KvdbError."""
+
+    def __init__(self, folder: Path, loop: asyncio.AbstractEventLoop, files: Files, lock: Lock, index: Index) -> None:
+        self.folder = folder
+        self._loop = loop
+        self._files = files
+        self._lock = lock
+        self._index = index
+        self._segments = Segments(folder / "segments", files)
+        self._holds = Holds()
+        self._pool = ThreadPoolExecutor(READER_THREADS, "kvdb-read")
+        self._committer = Committer(loop, index, files, self._segments, self._holds, lambda: self.keyspace.refresh())
+        self.keyspace = Keyspace(index, self._committer)
+        self._committer.attach(self.keyspace)
+        self._models: dict[int, bytes] = {}
+        self._is_closed = False
+        self.problems: list[str] = []  # what recovery found, in words
+
+    @classmethod
+    def open(cls, folder: Path, *, loop: asyncio.AbstractEventLoop, files: Files | None = None) -> Store:
+        """Lock a data directory, create it if needed, and recover it.
+
+        Recovery cuts every segment to its committed length, removes segments that the index does not know and gives
+        back freed bytes that a crash left. Raises KvdbError if another daemon has the directory.
+        """
+        files = files or OsFiles()
+        lock = None
+        try:
+            files.make_dir(folder)
+            lock = Lock(folder / "LOCK")
+            index = Index(folder / "index")
+        except OSError as error:
+            if lock is not None:
+                lock.release()
+            raise as_kvdb_error(error, f"opening {folder}") from error
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+        store = cls(folder, loop, files, lock, index)
+        try:
+            store._recover()
+        except BaseException as error:
+            store._release()
+            if isinstance(error, OSError):
+                raise as_kvdb_error(error, f"recovery of {folder}") from error
+            raise
+        return store
+
+    def _recover(self) -> None:
+        with self._index.read() as txn:
+            rows = txn.segments()
+            untidy = {number: live_extents(txn, number) for number, row in rows.items() if row.untidy}
+            self._models = {model.number: fingerprint for fingerprint, model in txn.models().items()}
+            next_id = txn.meta(b"next_segment", 1)
+            has_pending = txn.count(Table.PENDING) > 0
+        self.problems = self._segments.recover(rows, next_id, untidy)
+        for problem in self.problems:
+            log.error("%s: the keys that need it will answer CORRUPT", problem)
+        if untidy:
+            txn = self._index.begin_write()
+            _mark_tidy(txn, untidy)
+            txn.raw.commit()
+            self.keyspace.refresh()
+        if has_pending:
+            self._committer.kick()
+
+    async def close(self) -> None:
+        """Make everything durable and give the directory up. Raises what the last flush failed with, after closing."""
+        try:
+            await self.keyspace.flush()
+        finally:
+            await self._committer.idle()
+            self._release()
+
+    def _release(self) -> None:
+        self._is_closed = True
+        self._committer.close()
+        self._pool.shutdown(wait=True)
+        self.keyspace.close()
+        self._segments.close()
+        self._index.close()
+        self._lock.release()
+
+    @property
+    def write_error(self) -> KvdbError | None:
+        """Why the last round failed; None while writes can be made durable."""
+        return self._committer.error
+
+    # Models
+
+    async def register_model(self, model: ModelRecord) -> None:
+        """Make a model known; the same fingerprint again only changes its name."""
+        Layout.from_bytes(model.layout_bytes)
+        await self._committer.submit(lambda txn, work: _put_model(txn, model))
+        with self._index.read() as txn:
+            self._models = {row.number: fingerprint for fingerprint, row in txn.models().items()}
+
+    def models(self) -> list[ModelRecord]:
+        """Every model that was registered."""
+        with self._index.read() as txn:
+            return [
+                ModelRecord(row.name, fingerprint, row.family, row.layout) for fingerprint, row in txn.models().items()
+            ]
+
+    def family_of(self, fingerprint: bytes) -> bytes | None:
+        """The family fingerprint of a registered model."""
+        with self._index.read() as txn:
+            row = txn.model(fingerprint)
+        return None if row is None else row.family
+
+    def model_name(self, fingerprint: bytes) -> str | None:
+        """The name a model was registered with."""
+        with self._index.read() as txn:
+            row = txn.model(fingerprint)
+        return None if row is None else row.name
+
+    def _model(self, txn: Txn, fingerprint: bytes) -> ModelRow:
+        row = txn.model(fingerprint)
+        if row is None:
+            raise WrongModelError("no model with this fingerprint is registered")
+        return row
+
+    # Writing
+
+    async def reserve(self, writer: str, n_bytes_hint: int = 0) -> Reservation:
+        """Where `writer` may write records next. Each writer has one reservation at a time."""
+        try:
+            return await self._loop.run_in_executor(self._pool, self._segments.reserve, writer, n_bytes_hint)
+        except OSError as error:
+            raise as_kvdb_error(error, "new segment") from error
+
+    def known_pages(self, fingerprint: bytes, prefix_hashes: Sequence[bytes]) -> list[list[bytes]]:
+        """For each prefix hash the ids of this model's stored pages that end there."""
+        with self._index.read() as txn:
+            number = self._model(txn, fingerprint).number
+            return [
+                [key[16:] for key, row in txn.scan(Table.PREFIXES, prefix=prefix) if msgpack.unpackb(row)[0] == number]
+                for prefix in prefix_hashes
+            ]
+
+    async def commit_snapshot(
+        self,
+        new: NewSnapshot,
+        *,
+        key: tuple[int, bytes] | None = None,
+        entry: Entry | None = None,
+        session_uid: bytes | None = None,
+    ) -> CommittedSnapshot:
+        """Make written records a snapshot and, in the same transaction, `entry` the value of `key`.
+
+        Without a key the snapshot is cached: it stays until `drop_cached` or eviction. session_uid: the session whose
+        state this is; the snapshot becomes its base. Durable when it returns. Raises StalePagesError (write again),
+        NoSpaceError, and on any error changes nothing.
+        """
+        if (key is None) != (entry is None):
+            raise ValueError("a key comes with its entry")
+        end = check_written(new)
+        reservation = new.reservation
+        writer = self._segments.writer_of(reservation.segment_id)
+        if writer is not None:
+            self._segments.advance(writer, reservation, end)
+        committing = replace(new, is_cached=new.is_cached or key is None)
+
+        def item(txn: Txn, work: Work) -> CommittedSnapshot:
+            done = commit_snapshot(txn, work, committing)
+            if key is not None:
+                write_entry(txn, work, *key, entry)
+            return done
+
+        def committed(future: asyncio.Future[CommittedSnapshot]) -> None:
+            if key is not None:
+                self.keyspace.committed_elsewhere(*key)
+            if session_uid is not None and not future.cancelled() and future.exception() is None:
+                self.keyspace.rebase(session_uid, new.id, new.n_tokens)
+
+        future = self._committer.submit(
+            item, Extent(reservation.segment_id, reservation.offset, end - reservation.offset)
+        )
+        # Added before anyone awaits the future, so it runs before a reply can be sent.
+        future.add_done_callback(committed)
+        return await asyncio.shield(future)
+
+    async def drop_cached(self, snapshot_id: bytes) -> bool:
+        """Give up a snapshot that no key names; False if it was not cached."""
+        return await self._committer.submit(lambda txn, work: uncache_snapshot(txn, work, snapshot_id))
+
+    # Reading
+
+    def snapshot(self, snapshot_id: bytes) -> SnapshotRecord | None:
+        """A snapshot's facts, or None if there is no such snapshot."""
+        with self._index.read() as txn:
+            row = txn.snapshot(snapshot_id)
+            return None if row is None else self._record(txn, snapshot_id, row)
+
+    def has_snapshot(self, snapshot_id: bytes) -> bool:
+        """Whether a snapshot is stored."""
+        with self._index.read() as txn:
+            return txn.get(Table.SNAPSHOTS, snapshot_id) is not None
+
+    def usage(self, snapshot_id: bytes) -> Usage:
+        """A snapshot's bytes: its own and those it shares. Raises SnapshotGoneError."""
+        with self._index.read() as txn:
+            return usage(txn, snapshot_id)
+
+    def _record(self, txn: Txn, snapshot_id: bytes, row: SnapshotRow) -> SnapshotRecord:
+        page = txn.page(row.leaf)
+        return SnapshotRecord(
+            id=snapshot_id,
+            fingerprint=self._models[row.model],
+            leaf=row.leaf,
+            n_tokens=row.n_tokens,
+            first=row.first,
+            parent=row.parent or None,
+            reason=Reason(row.reason).name.lower(),
+            created_ms=row.created_ms,
+            refs=row.refs,
+            is_cached=row.cached,
+            tail_bytes=row.record_bytes,
+            chain_bytes=page.chain_bytes if page else 0,
+        )
+
+    def lineage(self, snapshot_id: bytes) -> list[SnapshotRecord]:
+        """The snapshot and its ancestors, nearest first, as far as they still exist."""
+        found: list[SnapshotRecord] = []
+        with self._index.read() as txn:
+            while snapshot_id and (row := txn.snapshot(snapshot_id)) is not None:
+                found.append(self._record(txn, snapshot_id, row))
+                snapshot_id = row.parent
+        return found
+
+    def children(self, snapshot_id: bytes) -> list[bytes]:
+        """Ids of the snapshots that continue this one."""
+        with self._index.read() as txn:
+            return [key[32:] for key, _ in txn.scan(Table.CHILDREN, prefix=snapshot_id)]
+
+    def keys_of(self, snapshot_id: bytes) -> list[tuple[int, bytes]]:
+        """(database, key) of the committed entries that name a snapshot."""
+        with self._index.read() as txn:
+            rows = [msgpack.unpackb(value) for _, value in txn.scan(Table.NAMES, prefix=snapshot_id)]
+        return [(db, key) for db, key in rows]
+
+    @contextmanager
+    def hold(self, snapshot_id: bytes) -> Iterator[SnapshotRecord]:
+        """Keep a snapshot while it is read or becomes a session's base. Raises SnapshotGoneError."""
+        self._holds.hold(snapshot_id)
+        try:
+            record = self.snapshot(snapshot_id)
+            if record is None:
+                raise SnapshotGoneError(f"there is no snapshot {snapshot_id.hex()}")
+            yield record
+        finally:
+            self._unhold(snapshot_id)
+
+    def plan(self, snapshot_id: bytes) -> list[RecordPlace]:
+        """Places of a state's records: its pages in order, then its tail. Hold the snapshot while using them."""
+        with self._index.read() as txn:
+            return plan(txn, self._segments.folder, snapshot_id)
+
+    async def read_tail(self, snapshot_id: bytes) -> Tail:
+        """A snapshot's tail without its sections: ids, text, logits; checked."""
+
+        def read() -> Tail:
+            place = self.plan(snapshot_id)[-1]
+            with Reader(self._files) as reader:
+                return reader.tail(place)
+
+        return await self._read(snapshot_id, read)
+
+    async def token_ids(self, snapshot_id: bytes) -> bytes:
+        """All token ids of a snapshot, u32 little-endian, checked against its prefix hashes."""
+
+        def read() -> bytes:
+            with self._index.read() as txn:
+                row = txn.snapshot(snapshot_id)
+                if row is None:
+                    raise SnapshotGoneError(f"there is no snapshot {snapshot_id.hex()}")
+                places = plan(txn, self._segments.folder, snapshot_id)
+                root = root_prefix(self._model(txn, self._models[row.model]).family)
+            with Reader(self._files) as reader:
+                return reader.token_ids(places, root)
+
+        return await self._read(snapshot_id, read)
+
+    async def check_places(self, places: Sequence[RecordPlace]) -> None:
+        """Read every record of a plan and compare its checksums. Raises CorruptError."""
+
+        def check() -> None:
+            with Reader(self._files) as reader:
+                for place in places:
+                    reader.payload(place)
+
+        await self._loop.run_in_executor(self._pool, check)
+
+    async def _read(self, snapshot_id: bytes, read: Callable[[], T]) -> T:
+        with self.hold(snapshot_id):
+            return await self._loop.run_in_executor(self._pool, read)
+
+    def longest_prefix(self, family: bytes, fingerprint: bytes, ids: bytes, *, cross_quant: bool) -> Match | None:
+        """The longest stored prefix of a prompt (u32 little-endian ids).
+
+        The snapshot is held for MATCH_HOLD_S, so that the caller can hold it longer or make it a session's base.
+        """
+        gone: set[bytes] = set()
+        while True:
+            with self._index.read() as txn:
+                match = longest_prefix(txn, family, fingerprint, ids, cross_quant, lambda found: found not in gone)
+            if match is None:
+                return None
+            try:
+                self._holds.hold(match.snapshot_id)
+            except SnapshotGoneError:
+                gone.add(match.snapshot_id)  # the round that is running frees it
+                continue
+            self._loop.call_later(MATCH_HOLD_S, self._unhold, match.snapshot_id)
+            return match
+
+    def _unhold(self, snapshot_id: bytes) -> None:
+        if self._holds.release(snapshot_id) and not self._is_closed:
+            self._committer.kick()
+
+    # Care
+
+    async def stats(self) -> StoreStats:
+        """Where every byte is."""
+        return await self._loop.run_in_executor(self._pool, measure, self._index, self._segments, self._files)
+
+    async def gc(self) -> int:
+        """Give every dead byte back, also those that a crash or a failed punch left; return their number."""
+
+        def item(txn: Txn, work: Work) -> int:
+            dead: list[Extent] = []
+            for segment_id, row in txn.segments().items():
+                dead += gaps(segment_id, row.committed, live_extents(txn, segment_id))
+                work.add_live(segment_id, 0)
+            work.freed += dead
+            return sum(extent.n_bytes for extent in dead)
+
+        return await self._committer.submit(item)
+
+
+def _put_model(txn: Txn, model: ModelRecord) -> None:
+    row = txn.model(model.fingerprint)
+    if row is None:
+        number = txn.meta(b"next_model", 1)
+        txn.put_meta(b"next_model", number + 1)
+        row = ModelRow(number, model.name, model.family, model.layout_bytes)
+    elif (row.family, row.layout) != (model.family, model.layout_bytes):
+        raise WrongModelError(f"model {model.name} has the fingerprint of {row.name} and another layout or family")
+    txn.put(Table.MODELS, model.fingerprint, pack(row._replace(name=model.name)))
+
+
+def _mark_tidy(txn: Txn, segments: dict[int, list[Extent]]) -> None:
+    for segment_id in segments:
+        row = txn.segment(segment_id)
+        if row is not None:
+            txn.put_segment(segment_id, row._replace(untidy=False))
