@@ -1,8 +1,8 @@
 # ruff: noqa: D102 - the methods are documented in ops.Ops
 """Ops on MLX arrays: the back end for Metal and CUDA, and for MLX's own CPU device.
 
-MLX is lazy: nothing is computed before `evaluate` or `host`. Results are deterministic for equal shapes on one device. TF32
-products are switched off: they would make a state depend on the card.
+MLX is lazy: nothing is computed before `evaluate` or `host`. Results are deterministic for equal shapes on one device.
+TF32 products are switched off: they would make a state depend on the card.
 
 Choices that avoid silent traps of MLX 0.32: no gather_mm with sorted indices or inserted axes (wrong rows on CUDA);
 selections go through unique 64-bit keys, since argsort and argpartition break ties by array length.
@@ -149,7 +149,7 @@ class MlxOps:
         flat = ids.reshape(-1)
         mine = flat[None] == mx.arange(n_experts)[:, None]  # (experts, tokens * count)
         slot = mx.cumsum(mine.astype(mx.int32), axis=1)
-        capacity = int(slot[:, -1].max().item())
+        capacity = int(np.array(slot[:, -1]).max())
         place = flat * capacity + (mx.take_along_axis(slot, flat[None], axis=0)[0] - 1)
         source = mx.zeros(n_experts * capacity, mx.int32)
         source[place] = mx.arange(n_tokens * count, dtype=mx.int32) // count

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,18 @@ DSML = "｜DSML｜"
 CONTROL_STRINGS = (BOS, EOS, USER, ASSISTANT, THINK, THINK_END, DSML)
 
 _PUNCTUATION = r"!-/:-@\[-`{-~"
+_LETTERS = "A-Za-z\u0080-\U0010ffff"
 # ds4's pre-tokenizer "joyai-llm", first match wins: digits by three; CJK, Hiragana, Katakana; punctuation with the
-# ASCII letters after it; letters (every non-ASCII character counts as one); one other character with letters; punctuation
-# with a space before and newlines after; white space up to a newline, or all but its last character before a word.
+# ASCII letters after it; letters (every non-ASCII character counts as one); one other character with letters;
+# punctuation with a space before and newlines after; white space up to a newline, or all but its last character before
+# a word.
 _JOYAI = "|".join(
     (
         r"[0-9]{1,3}",
-        r"[\u4E00-\u9FA5\u3040-\u309F\u30A0-\u30FF]+",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
         rf"[{_PUNCTUATION}][A-Za-z]+",
-        r"[A-Za-z\u0080-\U0010FFFF]+",
-        rf"[^\r\n{_PUNCTUATION}][A-Za-z\u0080-\U0010FFFF]+",
+        f"[{_LETTERS}]+",
+        rf"[^\r\n{_PUNCTUATION}][{_LETTERS}]+",
         rf" ?[{_PUNCTUATION}]+[\r\n]*",
         r"\s*[\r\n]+",
         r"\s+(?!\S)",
@@ -75,13 +78,15 @@ class Tokenizer:
         self._backend = backend
         self._plain = plain
         self.specials = dict(specials)
+        longest_first = sorted(specials, key=len, reverse=True)
+        self._control = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if specials else None
         texts = {token: text for text, token in backend.get_vocab(with_added_tokens=True).items()}
         self.n_tokens = max(texts, default=-1) + 1
         self._bytes = [self._piece(texts.get(token, "")) for token in range(self.n_tokens)]
         for text, token in specials.items():
             self._bytes[token] = text.encode()
-        self.bos = specials.get(BOS)
-        self.eos = specials.get(EOS)
+        self.bos_id = specials.get(BOS)
+        self.eos_id = specials.get(EOS)
         self.user = specials.get(USER)
         self.assistant = specials.get(ASSISTANT)
         self.think = specials.get(THINK)
@@ -99,6 +104,13 @@ class Tokenizer:
         chosen = self._backend if special else self._plain
         ids: list[int] = chosen.encode(text, add_special_tokens=False).ids
         return ids
+
+    def split_control(self, text: str) -> list[tuple[str, int | None]]:
+        """Split a text at its control strings: (text, None) for what lies between, (string, id) for each of them."""
+        if self._control is None:
+            return [(text, None)] if text else []
+        pieces = self._control.split(text)
+        return [(piece, self.specials.get(piece) if n % 2 else None) for n, piece in enumerate(pieces) if piece]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one id stands for; empty for an id that the vocabulary pads with."""

@@ -55,7 +55,8 @@ class Entry:
             case "BF16":
                 return (self.values.astype(np.uint32) << np.uint32(16)).view(np.float32)
             case "F8_E4M3":
-                return E4M3[self.values]
+                values: F32 = E4M3[self.values]
+                return values
             case "F8_E8M0":
                 powers: F32 = np.exp2(self.values.astype(np.float32) - 127)  # whole exponents: exact
                 return powers

@@ -1,0 +1,188 @@
+"""Compare the engine with vectors made by ds4: `python -m kvdb_engine.fidelity FOLDER [BACKEND]`.
+
+FOLDER holds what tests/vectors/ds4/README.md lists. For each way of running the same 280 tokens (one chunk, chunks of
+128, token by token) every section of the state is compared with ds4's payload, then 20 more tokens are decoded and
+their logits compared. The last lines load ds4's own payloads and compute one step: no drift, so the difference is
+arithmetic alone.
+
+Differences grow from rounding: where two implementations differ in the last bit of a value that lies on the border
+between two FP8 or FP4 codes, the stored row differs by a whole code, and later tokens see it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvdb_engine.catalog import open_model
+from kvdb_engine.engine import Engine
+from kvdb_engine.packing import F32
+from kvdb_engine.state import State
+from kvdb_engine.state_records import to_dsv4
+from kvdb_protocol.dsv4 import Dsv4Payload, decode_payload
+
+N_PREFILL = 280
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Two arrays compared. median and largest are of absolute differences; rms is of the reference."""
+
+    what: str
+    values: int
+    median: float
+    largest: float
+    correlation: float
+    rms: float
+
+
+def compare(what: str, ours: F32, theirs: F32) -> Difference:
+    """Compare two arrays of the same size."""
+    a, b = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
+    gap = np.abs(a - b)
+    correlation = float(np.corrcoef(a, b)[0, 1]) if a.size > 1 and a.std() and b.std() else 1.0
+    return Difference(
+        what, a.size, float(np.median(gap)), float(gap.max()), correlation, float(np.sqrt(np.mean(b * b)))
+    )
+
+
+class Vectors:
+    """ds4's files for the tiny model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ids = np.fromfile(folder / "tokens.i32", "<i4").astype(np.uint32)
+        self.from_token_1 = self._read("logits_from_token1.f32.gz").reshape(len(self.ids), -1)
+        self.after_prefill = self._read("logits.f32.gz").reshape(-1, self.from_token_1.shape[1])
+
+    def _read(self, name: str) -> F32:
+        return np.frombuffer(gzip.decompress((self.folder / name).read_bytes()), "<f4")
+
+    def payload(self, name: str, ratios: tuple[int, ...]) -> Dsv4Payload:
+        """A decoded payload file."""
+        return decode_payload(gzip.decompress((self.folder / f"{name}.payload.gz").read_bytes()), ratios)
+
+    def engine(self, backend: str = "auto", prefill_chunk: int = 1024) -> Engine:
+        """The tiny model, loaded (its GGUF is unpacked into a temporary file for as long as that takes)."""
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "tiny.gguf"
+            path.write_bytes(gzip.decompress((self.folder / "tiny.gguf.gz").read_bytes()))
+            info = open_model(str(path))
+            _ = info.tokenizer
+            return Engine(info, backend_name=backend, prefill_chunk=prefill_chunk)
+
+
+def run(engine: Engine, ids: Sequence[int] | np.ndarray, chunk: int) -> State:
+    """A state of these tokens, computed in chunks of `chunk`; 1 decodes token by token."""
+    state = engine.new_state()
+    engine.prefill_chunk = chunk
+    for _ in engine.prefill(state, np.asarray(ids, np.uint32)):
+        pass
+    return state
+
+
+def compare_states(ours: Dsv4Payload, theirs: Dsv4Payload, n_tokens: int) -> list[Difference]:
+    """Section by section; of the frontiers only the rows that hold a token."""
+    parts: dict[str, tuple[list[F32], list[F32]]] = {}
+
+    def add(what: str, a: object, b: object, rows: slice = slice(None), width: int = 1) -> None:
+        x, y = (np.frombuffer(data, "<f4").reshape(-1, width)[rows] for data in (a, b))  # type: ignore[call-overload]
+        parts.setdefault(what, ([], []))[0].append(x.ravel())
+        parts[what][1].append(y.ravel())
+
+    head = theirs.header
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        add("window rows", a.window, b.window)
+        if not a.ratio:
+            continue
+        overlap = 2 if a.ratio == 4 else 1
+        rows = slice(0, (4 if a.ratio == 4 else 0) + n_tokens % a.ratio)
+        name = f"ratio {a.ratio}"
+        add(f"compressed rows, {name}", a.compressed, b.compressed)
+        add(f"frontier kv, {name}", a.frontier_kv, b.frontier_kv, rows, overlap * head.head_dim)
+        add(f"frontier score, {name}", a.frontier_score, b.frontier_score, rows, overlap * head.head_dim)
+        if a.ratio == 4:
+            add("index rows", a.index, b.index)
+            add("index frontier kv", a.index_frontier_kv, b.index_frontier_kv, rows, 2 * head.index_dim)
+            add("index frontier score", a.index_frontier_score, b.index_frontier_score, rows, 2 * head.index_dim)
+    add("logits", ours.logits, theirs.logits)
+    return [compare(what, np.concatenate(a), np.concatenate(b)) for what, (a, b) in sorted(parts.items())]
+
+
+def prefill_table(engine: Engine, vectors: Vectors, chunk: int) -> list[Difference]:
+    """Sections after 280 tokens run in this chunking, then the logits of 20 decoded tokens."""
+    state = run(engine, vectors.ids[:N_PREFILL], chunk)
+    theirs = vectors.payload("prefill", engine.info.config.ratios)
+    found = compare_states(to_dsv4(state, 1024), theirs, N_PREFILL)
+    logits = []
+    for token in vectors.ids[N_PREFILL:]:
+        engine.step(state, int(token))
+        logits.append(state.logits)
+    return [*found, compare("20 decoded logits", np.stack(logits), vectors.after_prefill[1:])]
+
+
+def decode_logits(engine: Engine, vectors: Vectors) -> F32:
+    """(300, vocab) logits of decoding all tokens one by one."""
+    state = engine.new_state()
+    logits = []
+    for token in vectors.ids:
+        engine.step(state, int(token))
+        logits.append(state.logits)
+    return np.stack(logits)
+
+
+def one_step(engine: Engine, vectors: Vectors) -> list[Difference]:
+    """Load ds4's payload after 280 and after 299 tokens, compute one token, compare with ds4's next logits."""
+    ratios = engine.info.config.ratios
+    found = []
+    for name, row in (("prefill", 1), ("decode", 20)):
+        payload = vectors.payload(name, ratios)
+        state = engine.load_dsv4(payload)
+        engine.step(state, int(vectors.ids[payload.header.n_tokens]))
+        what = f"one step from ds4's payload of {payload.header.n_tokens} tokens"
+        found.append(compare(what, state.logits, vectors.after_prefill[row]))
+    return found
+
+
+def argmax_agreement(ours: F32, theirs: F32, margin: float) -> tuple[int, int]:
+    """(agreeing, counted) rows whose best two logits differ by more than `margin` in the reference."""
+    best = np.sort(theirs, axis=1)
+    sure = best[:, -1] - best[:, -2] > margin
+    return int((ours.argmax(1) == theirs.argmax(1))[sure].sum()), int(sure.sum())
+
+
+def _print(title: str, rows: Sequence[Difference]) -> None:
+    print(f"\n{title}\n{'section':44} {'values':>7} {'rms':>8} {'median':>9} {'largest':>9} {'correlation':>12}")
+    for row in rows:
+        print(
+            f"{row.what:44} {row.values:7} {row.rms:8.3f} {row.median:9.1e} {row.largest:9.1e} {row.correlation:12.7f}"
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print all tables."""
+    if not 1 <= len(arguments) <= 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    vectors = Vectors(Path(arguments[0]))
+    engine = vectors.engine(arguments[1] if len(arguments) > 1 else "auto")
+    print(f"back end {engine.ops.name}")
+    for title, chunk in (("one chunk", 1024), ("chunks of 128", 128), ("token by token", 1)):
+        _print(f"280 tokens as {title}", prefill_table(engine, vectors, chunk))
+    ours, theirs = decode_logits(engine, vectors), vectors.from_token_1
+    rows = [compare("tokens 1 to 5", ours[:5], theirs[:5]), compare("tokens 1 to 300", ours, theirs)]
+    _print("logits of decoding from the first token", rows)
+    agree, counted = argmax_agreement(ours, theirs, 1.0)
+    print(f"same argmax where the best two differ by more than 1: {agree} of {counted}")
+    _print("without drift", one_step(engine, vectors))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
