@@ -335,10 +335,10 @@ class Keyspace:
         """Forget the session's tokens before `n_tokens`: a snapshot holds them now."""
         self._active.journal.setdefault(uid, []).append(_JournalChange(n_tokens, None, drop=True))
 
-    def journal_read(self, uid: bytes, first: int = 0) -> bytes:
-        """The session's tokens from position `first` on, u32 little-endian.
+    def journal_read(self, uid: bytes) -> tuple[int, bytes]:
+        """(first position, u32 little-endian ids) of the session's journal; (0, b"") if it is empty.
 
-        Raises KvdbError if the journal begins later or has a gap: some token is known to be missing.
+        Raises KvdbError if there is a gap: some token is known to be missing.
         """
         start, ids = 0, bytearray()
         changes = [_JournalChange(row_first, bytearray(row)) for row_first, row in read_journal(self._reader, uid)]
@@ -357,9 +357,7 @@ class Keyspace:
                 raise KvdbError(f"the journal of session {uid.hex()} has a gap before position {change.position}")
             else:
                 ids[at:] = change.ids
-        if ids and start > first:
-            raise KvdbError(f"the journal of session {uid.hex()} begins at {start}, after position {first}")
-        return bytes(ids[4 * (first - start) :])
+        return (start, bytes(ids)) if ids else (0, b"")
 
     # Sessions
 

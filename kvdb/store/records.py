@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvdb.store.rows import Reason
 from kvdb_protocol.ids import NO_PAGE
 from kvdb_protocol.record import RecordType, record_bytes
 
@@ -56,8 +57,8 @@ class WrittenRecord:
 class NewSnapshot:
     """A snapshot to commit. `written` holds its tail and those of its pages that the writer did not know as stored.
 
-    leaf: its last full page, or NO_PAGE. leaf_prefix: its prefix hash. tail_ids: u32 little-endian ids after it.
-    reason: a name of rows.Reason in lower case. parent: the snapshot it continues, if any.
+    leaf: its last full page, or NO_PAGE. prefix: its prefix hash. tail_ids: u32 little-endian ids after it.
+    parent: the snapshot it continues, if any.
     is_cached: keep it though no key names it; the store sets this when it is committed without a key.
     """
 
@@ -65,9 +66,9 @@ class NewSnapshot:
     fingerprint: bytes
     leaf: bytes
     n_tokens: int
-    leaf_prefix: bytes
+    prefix: bytes
     tail_ids: bytes
-    reason: str
+    reason: Reason
     created_ms: int
     written: Sequence[WrittenRecord]
     reservation: Reservation
@@ -96,7 +97,7 @@ class SnapshotRecord:
     n_tokens: int
     first: int
     parent: bytes | None
-    reason: str
+    reason: Reason
     created_ms: int
     refs: int
     is_cached: bool

@@ -10,7 +10,7 @@ from __future__ import annotations
 from kvdb.errors import KvdbError, SnapshotGoneError, StalePagesError, WrongModelError
 from kvdb.store.index import Table, Txn, end_key, place_key
 from kvdb.store.records import CommittedSnapshot, NewSnapshot, Usage, WrittenRecord
-from kvdb.store.rows import ModelRow, PageRow, PlaceRow, Reason, RecordType, SnapshotRow, pack
+from kvdb.store.rows import ModelRow, PageRow, PlaceRow, RecordType, SnapshotRow, pack
 from kvdb.store.work import Extent, Work
 from kvdb_protocol.ids import ID_BYTES, NO_PAGE, extend_prefix, root_prefix
 from kvdb_protocol.record import ALIGN, record_bytes
@@ -51,14 +51,14 @@ def commit_snapshot(txn: Txn, work: Work, new: NewSnapshot) -> CommittedSnapshot
     leaf = txn.page(new.leaf)
     prefix = leaf.prefix if leaf else root_prefix(model.family)
     first = leaf.first + leaf.n_tokens if leaf else 0
-    if prefix != new.leaf_prefix or first + len(new.tail_ids) // 4 != new.n_tokens:
+    if prefix != new.prefix or first + len(new.tail_ids) // 4 != new.n_tokens:
         raise KvdbError("the snapshot's prefix hash or token count does not fit its leaf page")
     parent = new.parent or b""
     tail_hash = extend_prefix(prefix, new.tail_ids)
     txn.put_snapshot(
         new.id,
         SnapshotRow(
-            *(model.number, new.leaf, new.n_tokens, first, parent, int(Reason[new.reason.upper()]), new.created_ms),
+            *(model.number, new.leaf, new.n_tokens, first, parent, int(new.reason), new.created_ms),
             *(segment, tail.offset, tail.payload_bytes, prefix, tail_hash, int(new.is_cached), new.is_cached),
         ),
     )

@@ -268,7 +268,7 @@ class Store:
             n_tokens=row.n_tokens,
             first=row.first,
             parent=row.parent or None,
-            reason=Reason(row.reason).name.lower(),
+            reason=Reason(row.reason),
             created_ms=row.created_ms,
             refs=row.refs,
             is_cached=row.cached,

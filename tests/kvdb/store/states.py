@@ -12,6 +12,7 @@ from blake3 import blake3
 from kvdb.store import Store
 from kvdb.store.entries import Entry, EntryType, SnapshotValue
 from kvdb.store.records import CommittedSnapshot, ModelRecord, NewSnapshot, WrittenRecord
+from kvdb.store.rows import Reason
 from kvdb_protocol.ids import NO_PAGE, Buffer, content_id, extend_prefix, root_prefix
 from kvdb_protocol.layout import Layout, Section, make_layout
 from kvdb_protocol.page import Page, encode_page
@@ -107,7 +108,7 @@ async def write_snapshot(
     writer: str = "worker",
     parent: bytes | None = None,
     salt: bytes = b"",
-    reason: str = "manual",
+    reason: Reason = Reason.MANUAL,
     known: Sequence[Sequence[bytes]] | None = None,
 ) -> NewSnapshot:
     """What a worker does: reserve, skip the pages that are known, write the rest and the tail."""
@@ -142,7 +143,7 @@ async def write_snapshot(
         fingerprint=model.fingerprint,
         leaf=tail.parent,
         n_tokens=len(ids),
-        leaf_prefix=tail.prefix,
+        prefix=tail.prefix,
         tail_ids=pack_ids(ids[tail.first :]),
         reason=reason,
         created_ms=1_700_000_000_000,

@@ -288,7 +288,7 @@ async def test_a_session_moves_to_its_new_snapshot(store: Store) -> None:
     entry = store.keyspace.typed(0, b"s", EntryType.SESSION)
     assert entry is not None
     assert entry.value == SessionValue(uid, FINGERPRINT, new.id, len(ids), new.id)
-    assert store.keyspace.journal_read(uid, len(ids)) == b""
+    assert store.keyspace.journal_read(uid) == (0, b"")
     await store.keyspace.flush()
     assert store.snapshot(new.id).refs == 2  # type: ignore[union-attr]
 
