@@ -3,7 +3,7 @@
 #   make demo     the whole path on a scratch directory, with one table at the end
 #   make serve    run the daemon (DIR=kvdb-data PORT=6374 ARGS="--maxstore 4gb ...")
 #   make cli      talk to it (ARGS="PING")
-#   make test     the tests
+#   make test     the tests (make test-slow: the long ones; make show: the long programs of tests/show)
 #   make check    format, lint, types, tests, docs, in that order: what CI runs
 #   make clean    remove the environment and caches (never a data directory)
 
@@ -18,7 +18,7 @@ ARGS ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: demo serve cli test check format lint types docs clean ready help
+.PHONY: demo serve cli test test-slow show check format lint types docs clean ready help
 
 help:
 	@sed -n '3,9s/^# *//p' Makefile
@@ -48,7 +48,14 @@ cli: $(READY)
 	@$(BIN)/kvdb-cli -p $(PORT) $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+show: $(READY)
+	@for program in $(filter-out tests/show/test_%.py tests/show/records.py,$(wildcard tests/show/*.py)); do \
+	echo "== $$program"; $(BIN)/python $$program $(ARGS) || exit 1; done
 
 check: format lint types test docs
 
