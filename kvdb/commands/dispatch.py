@@ -41,6 +41,14 @@ def prepare(client: Client, request: Request) -> tuple[Bound | None, bytes]:
     return bound, b""
 
 
+def is_held(client: Client, request: Request) -> bool:
+    """Whether CLIENT PAUSE holds a request."""
+    try:
+        return client.server.holds(find(client.server.commands, request))
+    except KvdbError:
+        return False
+
+
 def find(commands: dict[bytes, Bound], request: Request) -> Bound:
     """The command a request names, subcommands included. Raises Redis' unknown-command error."""
     bound = commands.get(request[0]) or commands.get(request[0].upper())
@@ -50,8 +58,7 @@ def find(commands: dict[bytes, Bound], request: Request) -> Bound:
         sub = bound.subcommands.get(request[1].upper())
         if sub is not None:
             return sub
-        if bound.fn is None:
-            raise KvdbError(unknown_subcommand(bound, request[1]))
+        raise KvdbError(unknown_subcommand(bound, request[1]))
     if bound.fn is None:
         raise KvdbError(f"wrong number of arguments for '{_wire_name(bound)}' command")
     return bound

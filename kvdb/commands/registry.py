@@ -83,7 +83,9 @@ def build(table: Iterable[Command]) -> dict[bytes, Bound]:
         entry = Bound(command, fn)
         container, _, sub = command.name.partition(" ")
         if sub:
-            bound[container.encode()].subcommands[sub.encode()] = entry
+            parent = bound[container.encode()]
+            parent.subcommands[sub.encode()] = entry
+            parent.max_args = 1  # with any argument it is the subcommand's turn
         else:
             bound[container.encode()] = entry
     extra = set(_handlers) - used

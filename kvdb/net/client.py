@@ -12,7 +12,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kvdb.commands import dispatch
 from kvdb_protocol.resp import Encoded, Push, Reply, Request, RequestParser, encode, encode_error
@@ -45,6 +45,9 @@ class Client(asyncio.Protocol):
         self.input_bytes = self.output_bytes = 0
         self.channels: dict[bytes, None] = {}
         self.patterns: dict[bytes, None] = {}
+        self.watched: dict[tuple[int, bytes], bool] = {}  # whether the key existed
+        self.watch_broken = False
+        self.over_soft_since = 0.0
         self.set_defaults()
         self._commands = server.commands
         self._waiting: list[Request] = []
@@ -56,6 +59,7 @@ class Client(asyncio.Protocol):
         self._running = False
         self._write_paused = False
         self._read_paused = False
+        self._held = False  # CLIENT PAUSE holds the next request
         self._closing = False
 
     def set_defaults(self) -> None:
@@ -66,8 +70,6 @@ class Client(asyncio.Protocol):
         self.user = self.server.acl.default
         self.authenticated = self.user.is_enabled and self.user.is_nopass
         self.transaction: Transaction | None = None
-        self.watched: list[tuple[int, bytes]] = []
-        self.watch_broken = False
         self.is_monitor = self.no_evict = self.no_touch = False
         self.replies = True
         self.skip_replies = 0
@@ -89,7 +91,7 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection, or turn it away."""
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses of it
         self.transport = transport
         transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
         sock = transport.get_extra_info("socket")
@@ -131,7 +133,7 @@ class Client(asyncio.Protocol):
             self._waiting += requests
         else:
             self._waiting = requests
-        if self.task is None and not self._write_paused:
+        if self.task is None and not self._write_paused and not self._held:
             self._process()
             return
         self._waiting_bytes += len(data)
@@ -149,9 +151,13 @@ class Client(asyncio.Protocol):
         out = self._out
         clock = time.perf_counter
         self._running = True
+        self._held = False
         began = clock()
         while self._next < len(waiting) and self.task is None and not self._write_paused and not self._closing:
             request = waiting[self._next]
+            if server.gated and dispatch.is_held(self, request):
+                self._held = True
+                break
             self._next += 1
             bound = commands.get(request[0])
             if (
@@ -199,6 +205,11 @@ class Client(asyncio.Protocol):
         self._running = False
         if self.task is None:
             self._settle()
+
+    def go_on(self) -> None:
+        """Try again after CLIENT PAUSE."""
+        if self._held and self.task is None and not self._write_paused:
+            self._process()
 
     def _settle(self) -> None:
         """Between batches: send what is ready, and read on if nothing waits."""
@@ -334,6 +345,10 @@ class Client(asyncio.Protocol):
         self._closing = True
         self.send_now()
         self.transport.close()
+
+    def close_after_reply(self) -> None:
+        """Close once the reply to the command that runs now has been sent."""
+        self.server.loop.call_soon(self.close)
 
     def abort(self) -> None:
         """Close now; what waits is dropped."""

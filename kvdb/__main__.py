@@ -1,0 +1,5 @@
+"""`python -m kvdb` is kvdb-server."""
+
+from kvdb.server import main
+
+main()

@@ -1,0 +1,104 @@
+"""The daemon: `kvdb-server [FILE.conf] [--name value ...]`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+
+import uvloop
+
+from kvdb import config
+from kvdb.backend import Backend
+from kvdb.errors import KvdbError
+from kvdb.net.service import Server
+
+USAGE = """Usage: kvdb-server [FILE.conf] [--name value ...]
+
+A database for the live states of language models. Speaks RESP2 and RESP3: any Redis client works.
+
+Examples:
+  kvdb-server                                        data in the current folder, port 6374
+  kvdb-server --dir ~/kvdb --port 7000
+  kvdb-server /etc/kvdb.conf --loglevel debug        options win over the file
+  kvdb-server --dir data --port 0 --unixsocket /tmp/kvdb.sock
+  kvdb-server --model dsv4-nano --model big=/models/dsv4-flash --maxstore 200gb
+  redis-cli -p 6374 ping
+
+Every configuration name is an option, and CONFIG GET shows it (a * can be changed by CONFIG SET):
+
+"""
+
+
+def usage() -> str:
+    """The text of --help."""
+    lines = []
+    for parameter in config.PARAMETERS.values():
+        default = parameter.show(parameter.default) or "empty"
+        star = "*" if parameter.live else " "
+        lines.append(f" {star} --{parameter.name:<28} {parameter.help} ({default})")
+    return USAGE + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Entry point of kvdb-server."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(usage())
+        return
+    if {"-v", "--version"} & set(arguments):
+        from kvdb import __version__
+
+        sys.stdout.write(f"kvdb server v={__version__}\n")
+        return
+    try:
+        settings = config.from_command_line(arguments)
+    except (KvdbError, OSError) as error:
+        sys.stderr.write(f"kvdb-server: {error}\n")
+        raise SystemExit(2) from None
+    set_up_log(settings)
+    try:
+        code = uvloop.run(serve(settings))
+    except (KvdbError, OSError) as error:
+        logging.getLogger("kvdb").error("cannot start: %s", error)
+        raise SystemExit(1) from None
+    raise SystemExit(code)
+
+
+def set_up_log(settings: config.Config) -> None:
+    """Send the log where `logfile` says, from `loglevel` up."""
+    levels = {"debug": 10, "verbose": 15, "notice": 20, "warning": 30, "nothing": 100}
+    logging.addLevelName(15, "VERBOSE")
+    logging.addLevelName(20, "NOTICE")
+    logfile = settings.text("logfile")
+    logging.basicConfig(
+        level=levels[settings.text("loglevel")],
+        handlers=[logging.FileHandler(logfile) if logfile else logging.StreamHandler(sys.stdout)],
+        format="%(process)d %(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+
+    def apply(changed: config.Config, names: frozenset[str]) -> None:
+        if "loglevel" in names:
+            logging.getLogger().setLevel(levels[changed.text("loglevel")])
+
+    settings.listeners.append(apply)
+
+
+async def serve(settings: config.Config) -> int:
+    """Run a server until it is told to end; returns the exit status."""
+    server = Server(settings, Backend())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.request_shutdown)
+    await server.start()
+    try:
+        await server.ended.wait()
+    finally:
+        await server.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    main()
