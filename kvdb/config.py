@@ -119,7 +119,8 @@ PARAMETERS: dict[str, Parameter] = {
         _p("requirepass", "text", "", "password of the default user", secret=True),
         _p("aclfile", "text", "", "file of users", live=False),
         _p("acllog-max-len", "int", 128, "entries kept by ACL LOG"),
-        _p("acl-pubsub-default", "choice", "resetchannels", "channels of new users", choices=("allchannels", "resetchannels")),
+        _p("acl-pubsub-default", "choice", "resetchannels", "channels of new users",
+           choices=("allchannels", "resetchannels")),
         _p("enable-debug-command", "choice", "no", "who may use DEBUG", live=False, choices=("no", "yes", "local")),
         _p("tls-port", "int", 0, "TLS port, 0 for none", live=False, high=65535),
         _p("tls-cert-file", "text", "", "certificate of the server, PEM", live=False),
@@ -127,7 +128,8 @@ PARAMETERS: dict[str, Parameter] = {
         _p("tls-key-file-pass", "text", "", "password of the key", live=False, secret=True),
         _p("tls-ca-cert-file", "text", "", "certificates that sign the clients' ones, PEM", live=False),
         _p("tls-ca-cert-dir", "text", "", "a folder of them", live=False),
-        _p("tls-auth-clients", "choice", "yes", "ask for client certificates", live=False, choices=("yes", "no", "optional")),
+        _p("tls-auth-clients", "choice", "yes", "ask for client certificates", live=False,
+           choices=("yes", "no", "optional")),
         # durability and space
         _p("appendfsync", "choice", "everysec", "when writes become durable", choices=("always", "everysec", "no")),
         _p("save", "text", "", "accepted for clients that ask; writes are always on disk within appendfsync"),
@@ -139,10 +141,10 @@ PARAMETERS: dict[str, Parameter] = {
             "noeviction", "allkeys-lru", "allkeys-lfu", "allkeys-random",
             "volatile-lru", "volatile-lfu", "volatile-random", "volatile-ttl",
         )),
-        _p("transfer-dir", "text", "", "folder of STORE EXPORT, IMPORT and BACKUP; DATADIR/transfer if empty", live=False),
+        _p("transfer-dir", "text", "", "folder of STORE EXPORT, IMPORT and BACKUP; empty: DIR/transfer", live=False),
         # models
-        _p("model", "words", ("dsv4-nano",), "a built-in name, a path, or NAME=PATH; repeats", live=False, repeats=True),
-        _p("cross-quant", "choice", "allow", "use states of another quantisation of the same family", choices=("allow", "deny")),
+        _p("model", "words", ("dsv4-nano",), "built-in name, path, or NAME=PATH; repeats", live=False, repeats=True),
+        _p("cross-quant", "choice", "allow", "share states across quantisations", choices=("allow", "deny")),
         _p("engine-idle-timeout", "seconds", 600, "end an engine that is idle for so many seconds, 0 for never"),
         _p("engine-cache-bytes", "bytes", 1 << 30, "bytes of live states an engine may keep"),
         # looking

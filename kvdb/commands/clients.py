@@ -277,7 +277,8 @@ def caching(client: Client, args: list[bytes]) -> Reply:
 @handler("CLIENT TRACKINGINFO")
 def trackinginfo(client: Client, args: list[bytes]) -> Reply:
     """Off."""
-    return {"flags": ["off"], "redirect": -1, "prefixes": []}
+    no_prefixes: list[Reply] = []
+    return {"flags": ["off"], "redirect": -1, "prefixes": no_prefixes}
 
 
 @handler("CLIENT GETREDIR")

@@ -122,6 +122,7 @@ def hello(client: Client, args: list[bytes]) -> Reply:
         client.name = name
     client.resp = version
     client.update_gate()
+    no_modules: list[Reply] = []
     return {
         "server": "redis",
         "version": REDIS_VERSION,
@@ -129,7 +130,7 @@ def hello(client: Client, args: list[bytes]) -> Reply:
         "id": client.id,
         "mode": "standalone",
         "role": "master",
-        "modules": [],
+        "modules": no_modules,
         "kvdb_version": __version__,
     }
 

@@ -20,7 +20,7 @@ from kvdb_protocol.resp import Encoded, Push, Reply, Request, RequestParser, enc
 if TYPE_CHECKING:
     from kvdb.commands.registry import Bound
     from kvdb.commands.transactions import Transaction
-    from kvdb.server import Server
+    from kvdb.net.service import Server
 
 _WRITE_BUFFER_BYTES = 256 * 1024  # the transport asks us to stop above this
 _BATCH_BYTES = 128 * 1024  # replies of one batch that are joined before they go to the transport
@@ -173,12 +173,12 @@ class Client(asyncio.Protocol):
                     began = clock()
                     continue
             try:
-                reply = bound.fn(self, request[bound.n_names :])  # type: ignore[misc]
+                reply: Any = bound.fn(self, request[bound.n_names :])  # type: ignore[misc]
                 kind = type(reply)
                 if kind is bytes:
-                    encoded = b"$%d\r\n%b\r\n" % (len(reply), reply)  # type: ignore[arg-type]
+                    encoded = b"$%d\r\n%b\r\n" % (len(reply), reply)
                 elif kind is Encoded:
-                    encoded = reply.data  # type: ignore[union-attr]
+                    encoded = reply.data
                 elif inspect.isawaitable(reply):
                     self.task = server.loop.create_task(self._finish(bound, request, reply, began))
                     break

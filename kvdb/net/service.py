@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from kvdb.commands.registry import Bound
     from kvdb.keyspace import Keyspace
     from kvdb.net.client import Client
-    from kvdb.sessions import Model, Sessions
+    from kvdb.session import Model
+    from kvdb.sessions import Sessions
     from kvdb.store.store import Store
+    from kvdb.storing import Background
 
 log = logging.getLogger("kvdb")
 
@@ -43,6 +45,7 @@ class Backend(Protocol):
     keyspace: Keyspace
     sessions: Sessions
     models: dict[str, Model]
+    background: Background
 
     async def open(self, server: Server) -> None:
         """Open the data directory and set the four attributes."""
@@ -58,6 +61,7 @@ class Server:
     keyspace: Keyspace
     sessions: Sessions
     models: dict[str, Model]
+    background: Background  # snapshots that are being stored for SNAPSHOT ... ASYNC
 
     def __init__(self, config: Config, backend: Backend) -> None:
         self.config = config
@@ -105,7 +109,7 @@ class Server:
         await self.backend.open(self)
         backend = self.backend
         self.store, self.keyspace = backend.store, backend.keyspace
-        self.sessions, self.models = backend.sessions, backend.models
+        self.sessions, self.models, self.background = backend.sessions, backend.models, backend.background
         try:
             self._listeners = await listeners.open_all(self)
         except BaseException:

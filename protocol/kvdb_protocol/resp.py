@@ -12,8 +12,10 @@ Limits and messages are those of Redis 7; as in Valkey a bulk string without its
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 import hiredis
 
@@ -50,7 +52,7 @@ class _Reader:
 
 _INCOMPLETE = object()
 _shared = _Reader()
-_pack = hiredis.pack_command
+_pack: Callable[[tuple[bytes, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
 
 
 class RequestParser:
@@ -378,23 +380,21 @@ Reply = (
     | Encoded
     | NilArray
     | Sequence["Reply"]
-    | dict[str, "Reply"]
-    | dict[bytes, "Reply"]
-    | set[bytes]
-    | frozenset[bytes]
+    | Mapping[str, "Reply"]
+    | Mapping[bytes, "Reply"]
+    | AbstractSet[bytes]
 )
 
 
 def encode(reply: Reply, resp: int = 2) -> bytes:
     """Encode a reply for protocol version `resp` (2 or 3)."""
-    kind = type(reply)
+    value: Any = reply
+    kind = type(value)
     if kind is bytes:
-        return b"$%d\r\n%b\r\n" % (len(reply), reply)  # type: ignore[arg-type]
-    if kind is Encoded:
-        return reply.data  # type: ignore[union-attr]
+        return b"$%d\r\n%b\r\n" % (len(value), value)
     if kind is int:
-        return b":%d\r\n" % reply  # type: ignore[operator]
-    if reply is None:
+        return b":%d\r\n" % value
+    if value is None:
         return b"$-1\r\n" if resp == 2 else b"_\r\n"
     out: list[bytes] = []
     encode_into(out.append, reply, resp)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from kvdb.store import Store
 from kvdb.store.entries import Entry, EntryType, SnapshotValue
 from kvdb.store.records import CommittedSnapshot, ModelRecord, NewSnapshot, WrittenRecord
 from kvdb.store.rows import Reason
+from kvdb.store.store import Store
 from kvdb_protocol.ids import NO_PAGE, Buffer, content_id, extend_prefix, root_prefix
 from kvdb_protocol.layout import Layout, Section, make_layout
 from kvdb_protocol.page import Page, encode_page

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvdb.errors import CorruptError, KvdbError, SnapshotGoneError, StalePagesError, WrongModelError
-from kvdb.store import Store
 from kvdb.store.entries import Entry, EntryType, SessionValue
+from kvdb.store.store import Store
 from kvdb_protocol.record import SEGMENT_HEADER_BYTES
 from tests.kvdb.store.states import (
     FAMILY,
@@ -254,7 +254,7 @@ async def test_a_flipped_byte_is_named_and_other_keys_serve(store: Store, where:
         file.seek(place.offset + 200)
         file.write(bytes([byte ^ 1]))
     with pytest.raises(CorruptError, match=f"{where} .* in {place.path.name} at {place.offset}"):
-        await store.check_places(store.plan(bad.id))
+        await store.check(store.plan(bad.id))
     with pytest.raises(CorruptError):
         await store.token_ids(bad.id)
     assert await store.token_ids(good.id) == pack_ids(tokens(2 * PAGE + 3, seed=1))
