@@ -1,5 +1,4 @@
-"""The store: segments, the index, and the one thread that commits. It knows layouts and bytes, never tensors."""
+"""The store: segments, the index, and the one thread that commits. It knows layouts and bytes, never tensors.
 
-from kvdb.store.store import Store
-
-__all__ = ["Store"]
+The daemon uses `kvdb.store.store.Store`.
+"""

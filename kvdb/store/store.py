@@ -338,7 +338,7 @@ class Store:
 
         return await self._read(snapshot_id, read)
 
-    async def check_places(self, places: Sequence[RecordPlace]) -> None:
+    async def check(self, places: Sequence[RecordPlace]) -> None:
         """Read every record of a plan and compare its checksums. Raises CorruptError."""
 
         def check() -> None:
