@@ -17,7 +17,7 @@ from kvdb_tools.bench.scenario import Cell, MissingError, Result, Settings
 from kvdb_tools.daemon import CommandError, DaemonError
 
 
-@click.command(epilog="Scenarios: " + "; ".join(f"{s.name}: {s.summary}" for s in SCENARIOS.values()))
+@click.command(epilog="\b\nScenarios:\n" + "\n".join(f"  {s.name:<12}{s.summary}" for s in SCENARIOS.values()))
 @click.argument("scenarios", nargs=-1, required=True, metavar="SCENARIO...", type=click.Choice(sorted(SCENARIOS)))
 @click.option("--json", "as_json", is_flag=True, help="Results as JSON on standard output.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the charts into FILE.png.")

@@ -7,6 +7,7 @@ closed; `Connection.call` never leaves half a reply to be read as the next one.
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,6 +16,26 @@ from typing import BinaryIO, cast
 from kvdb_tools.cli.reply import ErrorReply, Push, Reply, encode_command, read_reply
 
 OnPush = Callable[[Push], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files for TLS, all PEM: certificates to trust (None: the system's), and the client's own certificate and key."""
+
+    cacert: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    insecure: bool = False
+
+    def context(self) -> ssl.SSLContext:
+        """Raises OSError when a file cannot be read."""
+        context = ssl.create_default_context(cafile=self.cacert)
+        if self.insecure:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if self.cert:
+            context.load_cert_chain(self.cert, self.key)
+        return context
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +49,7 @@ class Target:
     password: str | None = None
     database: int = 0
     protocol: int = 3
+    tls: Tls | None = None
 
     def __str__(self) -> str:
         """How the prompt and messages name it."""
@@ -119,7 +141,7 @@ def _connect(target: Target, timeout: float | None) -> socket.socket:
     sock = socket.create_connection((target.host, target.port), timeout)
     # Small requests, small replies: without this a second small write waits for a delayed acknowledgement.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
+    return target.tls.context().wrap_socket(sock, server_hostname=target.host) if target.tls else sock
 
 
 def _as_bytes(word: bytes | str | int | float) -> bytes:

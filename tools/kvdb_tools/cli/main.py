@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvdb_tools.cli.connection import Target
+from kvdb_tools.cli.connection import Target, Tls
 from kvdb_tools.cli.run import Output, Runner
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ def _complete(context: click.Context, _: click.Parameter, incomplete: str) -> li
 @click.option("--user", metavar="NAME", help="ACL user.")
 @click.option("-a", "--pass", "password", envvar="KVDBCLI_AUTH", metavar="TEXT", help="Password, or $KVDBCLI_AUTH.")
 @click.option("-n", "--db", "database", default=0, type=click.IntRange(0), help="Database number.")
+@click.option("--tls", is_flag=True, help="Use TLS.")
+@click.option("--cacert", metavar="FILE", help="Certificates to trust, PEM (default: the system's).")
+@click.option("--cert", metavar="FILE", help="The client's certificate, PEM.")
+@click.option("--key", metavar="FILE", help="Its key, PEM.")
+@click.option("--insecure", is_flag=True, help="With --tls: do not check the server's certificate.")
 @click.option("-2", "protocol", flag_value=2, type=int, help="Speak RESP2 (no streaming, no progress).")
 @click.option("-3", "protocol", flag_value=3, type=int, default=3, help="Speak RESP3 (default).")
 @click.option("-x", "from_stdin", is_flag=True, help="Take the last argument from standard input.")
@@ -67,6 +72,11 @@ def main(
     user: str | None,
     password: str | None,
     database: int,
+    tls: bool,
+    cacert: str | None,
+    cert: str | None,
+    key: str | None,
+    insecure: bool,
     protocol: int,
     from_stdin: bool,
     as_json: bool,
@@ -75,7 +85,8 @@ def main(
     command: tuple[str, ...],
 ) -> None:
     """Talk to a kvdb server: one COMMAND, commands from a pipe, or a prompt."""
-    target = Target(host, port, unixsocket, user, password, database, protocol)
+    wrap = Tls(cacert, cert, key, insecure) if tls else None
+    target = Target(host, port, unixsocket, user, password, database, protocol, wrap)
     on_terminal = sys.stdout.isatty()
     # `streams`: a person waits and watches, so GENERATE is sent with STREAM.
     output = Output("json" if as_json else style or ("people" if on_terminal else "raw"), on_terminal and not as_json)
