@@ -1,8 +1,8 @@
 """The daemon's side of an engine worker: start it, talk to it, notice when it dies, put it to rest.
 
-One client per model. A worker is started by the first call and has a *generation*: live states belong to one generation,
-and when the worker ends, for whatever reason, every state of that generation is gone. The sessions compare generations
-instead of being told.
+One client per model. A worker is started by the first call and has a *generation*: live states belong to one
+generation, and when the worker ends, for whatever reason, every state of that generation is gone. The sessions compare
+generations instead of being told.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Request:
     __slots__ = ("future", "on_event", "op", "seen", "sid")
 
     def __init__(
-        self, op: str, sid: int | None, future: asyncio.Future[Message], on_event: EventHandler | None
+        self, op: str, sid: bytes | None, future: asyncio.Future[Message], on_event: EventHandler | None
     ) -> None:
         self.op = op
         self.sid = sid
@@ -213,7 +213,7 @@ class EngineClient:
         if self._writer is not None and number in self._requests:
             self._writer.write(encode_frame({"op": "cancel", "id": 0, "target": number}))
 
-    def cancel(self, sid: int) -> int:
+    def cancel(self, sid: bytes) -> int:
         """Ask the worker to stop the prefills and generations of a session; returns how many there were.
 
         Their callers get CancelledError; the session stays valid at its last complete token.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import signal
 import socket
 import sys
-
 from typing import TYPE_CHECKING, Any
 
 from kvdb_protocol.frames import encode_frame

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+
 from kvdb_protocol.ids import Buffer
 from kvdb_protocol.page import Page
 from kvdb_protocol.sections import PackedSection
 from kvdb_protocol.tail import Tail
-from numpy.typing import NDArray
 
 
 class LiveState(Protocol):

@@ -5,14 +5,15 @@ carry its id and ends with one `done` or `error` event. Requests are generators 
 interleave round-robin: a long prefill delays others by one chunk. A `cancel` closes the generator at that border; the
 session stays valid at its last complete token.
 
-The worker knows sessions only by number. It decides nothing about durability: `write` packs records into the file range
-the daemon reserved, the daemon syncs and commits. When the socket closes, the process ends.
+The worker knows sessions only by their uid. It decides nothing about durability: `write` packs records into the file
+range the daemon reserved, the daemon syncs and commits. When the socket closes, the process ends.
 
 Requests (op: fields -> fields of `done`)
     open: sid, source (sid or None), places ([path, offset, bytes] or None)  -> tokens, bytes_read
     extend: sid, ids (u32 bytes); events progress(done, total)                -> tokens
     generate: sid, max_tokens, sampling, stop ([bytes]), stop_ids; events token(id) -> tokens, finish
-    write: sid, path, offset, have, known ([[page id]], from page `have`)      -> snapshot, leaf, end, tokens, pages, written
+    write: sid, path, offset, have, known ([[page id]], from page `have`)
+                                                     -> snapshot, leaf, end, tokens, pages, written
     logits: sid                                                               -> logits (f32 bytes)
     close: sid     status: -     cancel: target
 Every `done` carries `bytes`, the memory of all live states, and `ms`.
@@ -31,16 +32,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from kvdb_engine.catalog import ModelInfo
+from kvdb_engine.interface import EngineLike, LiveState
+from kvdb_engine.sampling import Sampling, sample
 from kvdb_protocol.errors import FormatError
 from kvdb_protocol.frames import FrameReader, Message, encode_frame
 from kvdb_protocol.ids import NO_PAGE, Buffer, content_id
 from kvdb_protocol.page import Page, decode_page, encode_page
 from kvdb_protocol.record import RecordType, decode_record, encode_header, padding, record_bytes
 from kvdb_protocol.tail import Tail, decode_tail, encode_tail, tail_header
-
-from kvdb_engine.catalog import ModelInfo
-from kvdb_engine.interface import EngineLike, LiveState
-from kvdb_engine.sampling import Sampling, sample
 
 Task = Generator[None, None, Message]
 
@@ -68,7 +69,7 @@ class Worker:
         self.info = info
         self.engine = engine
         self.sock = sock
-        self.sessions: dict[int, Live] = {}
+        self.sessions: dict[bytes, Live] = {}
         self.tasks: deque[tuple[int, Task, float]] = deque()
         self.reader = FrameReader()
 
@@ -188,6 +189,8 @@ class Worker:
                     page_ids.append(parent)
             except (FormatError, OSError) as error:
                 raise RequestError("CORRUPT", f"{name}: {error}") from error
+        if tail.fingerprint != self.info.fingerprint:
+            page_ids = []  # another quantisation's pages: the next write packs them again under this model's name
         return Live(self.engine.load(pages, tail), page_ids), n_read
 
     def op_extend(self, message: Message) -> Task:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from kvdb_protocol.resp import Reply, Simple
-
 from kvdb.commands.registry import handler
+from kvdb.store.rows import Reason
+from kvdb_protocol.resp import Reply, Simple
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client
@@ -29,7 +29,7 @@ async def unload(client: Client, raw: list[bytes]) -> Reply:
     """ENGINE UNLOAD [model]: store what is live and end the worker."""
     sessions = client.server.sessions
     model = sessions.model(_name(raw))
-    await sessions.park(model, "evict")
+    await sessions.park(model, Reason.EVICT)
     await model.client.stop()
     return Simple("OK")
 

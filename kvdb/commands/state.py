@@ -12,18 +12,20 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from kvdb import branches, storing, timelines
+from kvdb.commands.arguments import Arguments, unknown_option
+from kvdb.commands.registry import handler
+from kvdb.errors import KvdbError
+from kvdb.session import Model, ids_array
+from kvdb.store.entries import Entry, EntryType, SessionValue, SnapshotValue
 from kvdb_engine.chat import ChatError, chat_ids
 from kvdb_engine.sampling import Sampling, log_probabilities, sample
 from kvdb_protocol.resp import Reply
 
-from kvdb.commands.arguments import Arguments, unknown_option
-from kvdb.commands.registry import handler
-from kvdb.errors import KvdbError
-from kvdb.keyspace import Entry, SnapshotValue, Type
-from kvdb.sessions import Model, ids_array
-
 if TYPE_CHECKING:
     from kvdb.net.client import Client
+    from kvdb.store.records import SnapshotRecord
 
 log = logging.getLogger("kvdb.commands")
 
@@ -32,7 +34,7 @@ SAMPLE_COUNT_MAX = 100_000
 PROGRESS_INTERVAL_S = 0.1
 
 
-# -- prompts ------------------------------------------------------------------------------------------------------------
+# -- prompts -----------------------------------------------------------------------------------------------------------
 
 
 def read_prompt(args: Arguments, kind: bytes) -> tuple[str, Any]:
@@ -60,7 +62,7 @@ def prompt_ids(model: Model, prompt: tuple[str, Any], *, is_start: bool) -> arra
         ids: array[int] = value
         return ids
     if kind == "text":
-        head = [tokenizer.bos_id] if is_start else []
+        head = [tokenizer.bos_id] if is_start and tokenizer.bos_id is not None else []
         return array("I", head + tokenizer.encode(value))
     try:
         ids = array("I", chat_ids(tokenizer, value))
@@ -118,7 +120,9 @@ async def prefill(client: Client, raw: list[bytes]) -> Reply:
     name = options[b"MODEL"].decode(errors="replace") if b"MODEL" in options else None
     model = sessions.model_for(client.db, raw[0], name)
     ids = prompt_ids(model, prompt, is_start=True)
-    return await sessions.prefill(client.db, raw[0], model, ids, reuse, Progress(client, raw[0]))
+    reply = await timelines.prefill(sessions, client.db, raw[0], model, ids, reuse, Progress(client, raw[0]))
+    client.server.changed(client.db, raw[0], "prefill", "g")
+    return reply
 
 
 @handler("EXTEND")
@@ -128,10 +132,12 @@ async def extend(client: Client, raw: list[bytes]) -> Reply:
     sessions = client.server.sessions
     session = await sessions.get(client.db, raw[0])
     ids = prompt_ids(session.model, prompt, is_start=False)
-    return await sessions.extend(client.db, raw[0], ids, Progress(client, raw[0]))
+    reply = await timelines.extend(sessions, client.db, raw[0], ids, Progress(client, raw[0]))
+    client.server.changed(client.db, raw[0], "extend", "g")
+    return reply
 
 
-# -- sampling -----------------------------------------------------------------------------------------------------------
+# -- sampling ----------------------------------------------------------------------------------------------------------
 
 
 def read_sampling(args: Arguments, word: bytes, fields: dict[str, Any]) -> bool:
@@ -176,7 +182,9 @@ async def generate(client: Client, raw: list[bytes]) -> Reply:
     sessions = client.server.sessions
     session = await sessions.get(client.db, name)
     on_token = stream_to(client, name, session.model) if stream else None
-    return await sessions.generate(client.db, name, max_tokens, sampling, stops, on_token)
+    reply = await timelines.generate(sessions, client.db, name, max_tokens, sampling, stops, on_token)
+    client.server.changed(client.db, name, "generate", "g")
+    return reply
 
 
 def stream_to(client: Client, name: bytes, model: Model) -> Any:
@@ -210,11 +218,11 @@ async def sample_command(client: Client, raw: list[bytes]) -> Reply:
             count = args.integer("COUNT", 1, SAMPLE_COUNT_MAX)
         elif not read_sampling(args, word, fields):
             raise unknown_option(word)
-    info, position, data = await client.server.sessions.logits(client.db, key)
+    info, position, data = await branches.logits(client.server.sessions, client.db, key)
     logits = np.frombuffer(data, dtype="<f4")
     logprobs = log_probabilities(logits)
     seed = fields.pop("seed", secrets.randbits(63))
-    replies = []
+    replies: list[Reply] = []
     for draw in range(count):
         token = sample(logits, position, Sampling(**fields, seed=(seed + draw) & ((1 << 64) - 1)))
         text = info.tokenizer.token_bytes(token) if info else None
@@ -238,7 +246,7 @@ async def logits_command(client: Client, raw: list[bytes]) -> Reply:
             is_raw = True
         else:
             raise unknown_option(word)
-    info, _, data = await client.server.sessions.logits(client.db, key)
+    info, _, data = await branches.logits(client.server.sessions, client.db, key)
     if is_raw:
         return data
     logits = np.frombuffer(data, dtype="<f4")
@@ -256,7 +264,7 @@ async def logits_command(client: Client, raw: list[bytes]) -> Reply:
     ]
 
 
-# -- storing and going back ---------------------------------------------------------------------------------------------
+# -- storing and going back --------------------------------------------------------------------------------------------
 
 
 @handler("SNAPSHOT")
@@ -285,24 +293,29 @@ async def snapshot(client: Client, raw: list[bytes]) -> Reply:
     server, db = client.server, client.db
 
     def value(snapshot_id: bytes) -> Entry:
-        return Entry(Type.SNAPSHOT, expire_ms, SnapshotValue(snapshot_id, meta, pinned, int(time.time() * 1e3)))
+        return Entry(EntryType.SNAPSHOT, expire_ms, SnapshotValue(snapshot_id, meta, pinned, int(time.time() * 1e3)))
 
     def guard() -> bool:
         return not condition or (server.keyspace.get(db, key) is not None) == (condition == b"XX")
 
-    work = server.sessions.snapshot(db, name, key, value, guard)
+    async def work() -> storing.Reply | None:
+        reply = await storing.snapshot(server.sessions, db, name, key, value, guard)
+        if reply is not None:
+            server.changed(db, key, "snapshot", "g")
+        return reply
+
     if not is_async:
-        return await work
+        return await work()
     session = await server.sessions.get(db, name)
-    tokens = session.n_tokens
-    server.sessions.run_async((db, key), work)
-    return {"tokens": tokens, "async": 1}
+    server.background.start((db, key), work())
+    started: Reply = {"tokens": session.n_tokens, "async": 1}
+    return started
 
 
 @handler("WAITSNAP")
 async def wait_snapshot(client: Client, raw: list[bytes]) -> Reply:
     """WAITSNAP key: wait for SNAPSHOT ... ASYNC under this key; its reply, or its error; nil when none was started."""
-    return await client.server.sessions.wait_async((client.db, raw[0]))
+    return await client.server.background.wait((client.db, raw[0]))
 
 
 @handler("RESTORE")
@@ -312,13 +325,19 @@ async def restore(client: Client, raw: list[bytes]) -> Reply:
         raise unknown_option(raw[2])
     if len(raw) > 3:
         raise KvdbError("syntax error")
-    return await client.server.sessions.restore(client.db, raw[0], raw[1], replace=len(raw) == 3)
+    server = client.server
+    reply = await branches.restore(server.sessions, client.db, raw[0], raw[1], replace=len(raw) == 3)
+    server.changed(client.db, raw[1], "restore", "g")
+    return reply
 
 
 @handler("FORK")
 async def fork(client: Client, raw: list[bytes]) -> Reply:
     """FORK source dest [dest ...]."""
-    return await client.server.sessions.fork(client.db, raw[0], raw[1:])
+    count = await branches.fork(client.server.sessions, client.db, raw[0], raw[1:])
+    for dest in raw[1:]:
+        client.server.changed(client.db, dest, "fork", "g")
+    return count
 
 
 @handler("REWIND")
@@ -328,20 +347,22 @@ async def rewind(client: Client, raw: list[bytes]) -> Reply:
     name, word = args.next(), args.word()
     sessions = client.server.sessions
     if word == b"TO":
-        reply = sessions.rewind_to(client.db, name, args.next())
+        work = branches.rewind_to(sessions, client.db, name, args.next())
     elif word == b"TOKENS":
-        reply = sessions.rewind_tokens(client.db, name, args.integer("TOKENS", 1, 1 << 31))
+        work = branches.rewind_tokens(sessions, client.db, name, args.integer("TOKENS", 1, 1 << 31))
     elif word == b"STEPS":
-        reply = sessions.rewind_steps(client.db, name, args.integer("STEPS", 1, 1 << 31))
+        work = branches.rewind_steps(sessions, client.db, name, args.integer("STEPS", 1, 1 << 31))
     else:
         raise unknown_option(word)
     if args:
-        reply.close()
+        work.close()
         raise KvdbError("syntax error")
-    return await reply
+    reply = await work
+    client.server.changed(client.db, name, "rewind", "g")
+    return reply
 
 
-# -- looking ------------------------------------------------------------------------------------------------------------
+# -- looking -----------------------------------------------------------------------------------------------------------
 
 
 @handler("PREFIX")
@@ -358,7 +379,7 @@ async def prefix(client: Client, raw: list[bytes]) -> Reply:
     if found is None:
         return None
     return {
-        "key": next((key for db, key in server.store.keys_of(found.snapshot_id) if db == client.db), None),
+        "key": key_of(client, found.snapshot_id),
         "id": found.snapshot_id.hex(),
         "tokens": found.n_tokens,
         "of": len(ids),
@@ -367,16 +388,18 @@ async def prefix(client: Client, raw: list[bytes]) -> Reply:
     }
 
 
-def snapshot_map(client: Client, snapshot_id: bytes) -> dict[str, Reply]:
+def key_of(client: Client, snapshot_id: bytes) -> bytes | None:
+    """A key of the client's database that names the snapshot."""
+    return next((key for db, key in client.server.store.keys_of(snapshot_id) if db == client.db), None)
+
+
+def snapshot_map(client: Client, record: SnapshotRecord) -> dict[str, Reply]:
     """What LINEAGE says of one snapshot."""
-    store = client.server.store
-    record = store.snapshot(snapshot_id)
-    keys = [key for db, key in store.keys_of(snapshot_id) if db == client.db]
     return {
-        "id": snapshot_id.hex(),
-        "key": keys[0] if keys else None,
+        "id": record.id.hex(),
+        "key": key_of(client, record.id),
         "tokens": record.n_tokens,
-        "reason": record.reason,
+        "reason": record.reason.name.lower(),
         "created": record.created_ms,
     }
 
@@ -386,16 +409,11 @@ async def lineage(client: Client, raw: list[bytes]) -> Reply:
     """LINEAGE key: the snapshot (or the session's base) and its stored ancestors, newest first."""
     server = client.server
     found = server.keyspace.get(client.db, raw[0])
-    start = found.value.base if found is not None and found.type is Type.SESSION else None
-    if found is None or found.type is not Type.SESSION:
+    if found is not None and isinstance(found.value, SessionValue):
+        start = found.value.base
+    else:
         start = server.sessions.snapshot_value(client.db, raw[0]).id
-    replies: list[Reply] = []
-    seen = set()
-    while start is not None and start not in seen and server.store.has_snapshot(start):
-        seen.add(start)
-        replies.append(snapshot_map(client, start))
-        start = server.store.snapshot(start).parent
-    return replies
+    return [] if start is None else [snapshot_map(client, record) for record in server.store.lineage(start)]
 
 
 @handler("SNAPINFO")
@@ -403,15 +421,14 @@ async def snapinfo(client: Client, raw: list[bytes]) -> Reply:
     """SNAPINFO key: all that is known of a snapshot without reading its records."""
     server = client.server
     found = server.sessions.snapshot_value(client.db, raw[0])
-    record = server.store.snapshot(found.id)
+    with server.store.hold(found.id) as record:
+        usage = server.store.usage(found.id)
     entry = server.keyspace.get(client.db, raw[0])
-    usage = server.store.usage(found.id)
-    name = server.store.model_name(record.fingerprint)
     ttl = max(0, entry.expire_ms - int(time.time() * 1e3)) if entry is not None and entry.expire_ms else -1
     return {
-        **snapshot_map(client, found.id),
+        **snapshot_map(client, record),
         "key": raw[0],
-        "model": name,
+        "model": server.store.model_name(record.fingerprint),
         "fingerprint": record.fingerprint.hex(),
         "parent": record.parent.hex() if record.parent else None,
         "pages": usage.n_pages,
@@ -428,7 +445,6 @@ async def snapdiff(client: Client, raw: list[bytes]) -> Reply:
     """SNAPDIFF a b: where two snapshots part, and what they share."""
     server = client.server
     values = [server.sessions.snapshot_value(client.db, key) for key in raw]
-    records = [server.store.snapshot(value.id) for value in values]
     ids = [np.asarray(ids_array(await server.store.token_ids(value.id))) for value in values]
     shorter = min(map(len, ids))
     differing = np.flatnonzero(ids[0][:shorter] != ids[1][:shorter])
@@ -439,7 +455,6 @@ async def snapdiff(client: Client, raw: list[bytes]) -> Reply:
         "common_tokens": common,
         "a_tokens": len(ids[0]),
         "b_tokens": len(ids[1]),
-        "same_model": int(records[0].fingerprint == records[1].fingerprint),
         "identical": int(values[0].id == values[1].id),
         "bytes_shared": sum(places[0][place] for place in both),
         "bytes_a": sum(size for place, size in places[0].items() if place not in both),
@@ -455,7 +470,7 @@ def set_pin(client: Client, key: bytes, pinned: bool) -> Reply:
     if entry is None or found.pinned == pinned:
         return 0
     value = SnapshotValue(found.id, found.meta, pinned, found.created_ms)
-    server.keyspace.put(client.db, key, Entry(Type.SNAPSHOT, entry.expire_ms, value))
+    server.keyspace.put(client.db, key, Entry(EntryType.SNAPSHOT, entry.expire_ms, value))
     return 1
 
 

@@ -1,0 +1,176 @@
+"""Going back and branching: RESTORE, FORK, REWIND; and the logits a state ends in."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from kvdb.errors import BusyKeyError, KvdbError, NoEngineError, WrongModelError
+from kvdb.session import Session, ids_array
+from kvdb.sessions import Sessions
+from kvdb.store.entries import Entry, EntryType, SessionValue, SnapshotValue
+from kvdb.timelines import clone, feed
+from kvdb_engine.catalog import ModelInfo
+
+Reply = dict[str, Any]
+
+
+async def restore(sessions: Sessions, db: int, key: bytes, name: bytes, *, replace: bool) -> Reply:
+    """Put a session on a snapshot's state, checked byte by byte; loaded into the engine where there is one."""
+    began = time.perf_counter()
+    store = sessions.store
+    snapshot_id = sessions.snapshot_value(db, key).id
+    _check_target(sessions, db, name, replace)
+    with store.hold(snapshot_id) as record:
+        model = sessions.model_of(record.fingerprint)
+        places = store.plan(snapshot_id)
+        ids = ids_array(await store.token_ids(snapshot_id))
+        uid = secrets.token_bytes(16)
+        session = Session(uid, model, snapshot_id, len(ids), ids, (db, name), used=time.monotonic())
+        try:
+            await sessions.make_resident(session)
+        except NoEngineError:
+            await store.check(places)
+        _check_target(sessions, db, name, replace)
+        sessions.adopt(session)
+    await sessions.sweep()
+    return {
+        "tokens": len(ids),
+        "bytes_read": sum(place.record_bytes for place in places),
+        "recomputed": 0,
+        "ms": _ms(began),
+    }
+
+
+def _check_target(sessions: Sessions, db: int, name: bytes, replace: bool) -> None:
+    """A session to restore into: free, or a session that may be replaced."""
+    if sessions.entry(db, name) is not None and not replace:
+        raise BusyKeyError(f"session '{_show(name)}' exists: add REPLACE to overwrite it")
+
+
+async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes]) -> int:
+    """Name the state of a session or snapshot again, as sessions. No page is copied; durable when this returns."""
+    found = sessions.keyspace.get(db, source)
+    if found is None:
+        raise KvdbError(f"no such session or snapshot '{_show(source)}'")
+    if len(set(dests)) < len(dests):
+        raise KvdbError("the same destination is named twice")
+    _check_free(sessions, db, dests)
+    if isinstance(found.value, SnapshotValue):
+        with sessions.store.hold(found.value.id) as record:
+            # One small record a branch: token ids are read when a branch is first used, not here.
+            for dest in dests:
+                uid = secrets.token_bytes(16)
+                value = SessionValue(uid, record.fingerprint, record.id, record.n_tokens, lineage=record.id)
+                sessions.keyspace.put(db, dest, Entry(EntryType.SESSION, 0, value))
+    else:
+        origin = await sessions.get(db, source)
+        async with origin.lock:
+            _check_free(sessions, db, dests)
+            for dest in dests:
+                await clone(sessions, origin, sessions.create(db, dest, origin.model, None, array("I")))
+    await sessions.keyspace.flush()
+    return len(dests)
+
+
+def _check_free(sessions: Sessions, db: int, dests: Sequence[bytes]) -> None:
+    for dest in dests:
+        if sessions.keyspace.get(db, dest) is not None:
+            raise BusyKeyError(f"key '{_show(dest)}' exists: FORK does not overwrite")
+
+
+async def rewind_to(sessions: Sessions, db: int, name: bytes, key: bytes) -> Reply:
+    """Back to a snapshot whose tokens the session's timeline begins with."""
+    began = time.perf_counter()
+    session = await sessions.get(db, name)
+    snapshot_id = sessions.snapshot_value(db, key).id
+    async with session.lock:
+        with sessions.store.hold(snapshot_id) as record:
+            ids = ids_array(await sessions.store.token_ids(snapshot_id))
+            same_model = sessions.model_of(record.fingerprint) is session.model
+            if not same_model or session.ids[: len(ids)] != ids:
+                raise KvdbError(f"snapshot '{_show(key)}' is not an ancestor of the session; RESTORE takes any")
+            sessions.stand_on(session, snapshot_id, len(ids), ids)
+    return {"tokens": len(ids), "recomputed": 0, "ms": _ms(began)}
+
+
+async def rewind_tokens(sessions: Sessions, db: int, name: bytes, n_tokens: int) -> Reply:
+    """Back to the first `n_tokens` tokens: the nearest stored prefix, and the rest computed again."""
+    began = time.perf_counter()
+    session = await sessions.get(db, name)
+    async with session.lock:
+        if not 0 < n_tokens <= session.n_tokens:
+            raise KvdbError(f"cannot rewind to {n_tokens} tokens: the session has {session.n_tokens}")
+        recomputed = 0
+        if n_tokens < session.n_tokens:
+            ids = session.ids[:n_tokens]
+            info, store = session.model.info, sessions.store
+            match = store.longest_prefix(info.family, info.fingerprint, ids.tobytes(), cross_quant=sessions.cross_quant)
+            n = match.n_tokens if match is not None else 0
+            if match is not None:
+                with store.hold(match.snapshot_id):
+                    sessions.stand_on(session, match.snapshot_id, n, ids[:n])
+            else:
+                sessions.stand_on(session, None, 0, array("I"))
+            recomputed = n_tokens - n
+            if recomputed:
+                await sessions.make_resident(session)
+                await feed(sessions, session, ids[n:])
+    return {"tokens": n_tokens, "recomputed": recomputed, "ms": _ms(began)}
+
+
+async def rewind_steps(sessions: Sessions, db: int, name: bytes, steps: int) -> Reply:
+    """Back `steps` snapshots: with tokens after the base the first step leads to the base, without to its parent."""
+    began = time.perf_counter()
+    session = await sessions.get(db, name)
+    async with session.lock:
+        lineage = sessions.store.lineage(session.base) if session.base is not None else []
+        number = steps if session.is_clean else steps - 1
+        if number >= len(lineage):
+            raise KvdbError(f"the session has fewer than {steps} stored snapshots behind it")
+        target = lineage[number].id
+        with sessions.store.hold(target):
+            ids = ids_array(await sessions.store.token_ids(target))
+            sessions.stand_on(session, target, len(ids), ids)
+    return {"tokens": len(ids), "recomputed": 0, "ms": _ms(began)}
+
+
+async def logits(sessions: Sessions, db: int, key: bytes) -> tuple[ModelInfo | None, int, bytes]:
+    """(model, position, f32 logits) of a snapshot or session; stored logits are used wherever they are right.
+
+    The model is None when the snapshot's is not served here: its logits can be shown, only their text cannot.
+    """
+    found = sessions.keyspace.get(db, key)
+    if found is not None and isinstance(found.value, SnapshotValue):
+        return await _stored_logits(sessions, found.value.id)
+    session = await sessions.get(db, key)
+    async with session.lock:
+        if session.is_clean:
+            assert session.base is not None
+            return await _stored_logits(sessions, session.base)
+        if session.n_tokens == 0:
+            raise KvdbError("the session is empty: it has no logits")
+        await sessions.make_resident(session)
+        done = await session.model.client.call("logits", sid=session.uid)
+        return session.model.info, session.n_tokens, done["logits"]
+
+
+async def _stored_logits(sessions: Sessions, snapshot_id: bytes) -> tuple[ModelInfo | None, int, bytes]:
+    with sessions.store.hold(snapshot_id) as record:
+        tail = await sessions.store.read_tail(snapshot_id)
+    try:
+        info: ModelInfo | None = sessions.model_of(record.fingerprint).info
+    except WrongModelError:
+        info = None
+    return info, record.n_tokens, bytes(tail.logits)
+
+
+def _show(key: bytes) -> str:
+    return key.decode(errors="replace")
+
+
+def _ms(began: float) -> float:
+    return round((time.perf_counter() - began) * 1e3, 3)

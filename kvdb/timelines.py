@@ -1,0 +1,219 @@
+"""Growing timelines: PREFILL, EXTEND, GENERATE, and where the first tokens of a prompt come from."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvdb.errors import EngineDownError, KvdbError, SnapshotGoneError
+from kvdb.session import Model, Session
+from kvdb.sessions import Sessions
+from kvdb_engine.sampling import Sampling
+from kvdb_protocol.frames import Message
+
+OnProgress = Callable[[int, int], None]
+OnToken = Callable[[int], None]
+Reply = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """Where a prompt's first `n_tokens` come from: a live session, a stored snapshot, or nowhere."""
+
+    source: str
+    n_tokens: int
+    live: Session | None = None
+    snapshot: bytes | None = None
+
+
+async def prefill(
+    sessions: Sessions,
+    db: int,
+    name: bytes,
+    model: Model,
+    ids: array[int],
+    reuse: str,
+    on_progress: OnProgress | None = None,
+) -> Reply:
+    """Make the session's timeline exactly `ids`, computing as little as possible.
+
+    reuse: "YES" takes the longest live or stored prefix, "NO" computes all, "ONLY" computes nothing: the timeline
+    becomes the longest prefix found.
+    """
+    began = time.perf_counter()
+    value = sessions.entry(db, name)
+    sessions.check_ids(model, ids)
+    if not ids:
+        raise KvdbError("the prompt is empty: give at least one token")
+    if value is not None and sessions.model_of(value.fingerprint) is model:
+        session = await sessions.get(db, name)
+    else:
+        session = sessions.create(db, name, model, None, array("I"))
+    async with session.lock:
+        found = await _take_longest(sessions, session, ids, reuse)
+        recomputed = 0
+        if reuse != "ONLY" and found.n_tokens < len(ids):
+            recomputed = await sessions.make_resident(session)
+            await feed(sessions, session, ids[found.n_tokens :], on_progress)
+        tokens = session.n_tokens
+    return {
+        "tokens": tokens,
+        "reused": found.n_tokens - recomputed,
+        "computed": tokens - found.n_tokens + recomputed,
+        "source": found.source,
+        "ms": _ms(began),
+    }
+
+
+async def _take_longest(sessions: Sessions, session: Session, ids: array[int], reuse: str) -> Reuse:
+    """Put the session on the longest prefix of `ids` at hand."""
+    while True:
+        found = find_reuse(sessions, session, ids) if reuse != "NO" else Reuse("none", 0)
+        if reuse == "ONLY" and not found.n_tokens:
+            raise KvdbError("no live or stored prefix of this prompt; PREFILL without REUSE ONLY computes it")
+        if found.live is session:
+            return found
+        if found.live is not None:
+            await clone(sessions, found.live, session)
+            return found
+        if found.snapshot is None:
+            sessions.stand_on(session, None, 0, array("I"))
+            return found
+        try:
+            with sessions.store.hold(found.snapshot):
+                sessions.stand_on(session, found.snapshot, found.n_tokens, ids[: found.n_tokens])
+            return found
+        except SnapshotGoneError:
+            continue  # deleted between the lookup and here: look again
+
+
+def find_reuse(sessions: Sessions, session: Session, ids: array[int]) -> Reuse:
+    """The longest prefix at hand; what is live wins a tie, because it costs nothing."""
+    best = Reuse("none", 0)
+    if 0 < session.n_tokens <= len(ids) and ids[: session.n_tokens] == session.ids:
+        best = Reuse("live", session.n_tokens, session)
+    for other in sessions.open.values():
+        n = other.n_tokens
+        is_usable = other.model is session.model and other.is_resident and not other.lock.locked()
+        if is_usable and best.n_tokens < n <= len(ids) and ids[:n] == other.ids:
+            best = Reuse("live", n, other)
+    info = session.model.info
+    match = sessions.store.longest_prefix(
+        info.family, info.fingerprint, ids.tobytes(), cross_quant=sessions.cross_quant
+    )
+    if match is not None and match.n_tokens > best.n_tokens:
+        best = Reuse("stored", match.n_tokens, snapshot=match.snapshot_id)
+    return best
+
+
+async def clone(sessions: Sessions, origin: Session, session: Session) -> None:
+    """Give `session` the timeline and, where there is one, the live state of `origin`. The origin must not move."""
+    sessions.stand_on(session, origin.base, origin.base_tokens, origin.ids)
+    # A million ids are 4 MB: whoever grows first makes the copy, so that a fork costs the same at any length.
+    session.shares_ids = origin.shares_ids = True
+    if origin.is_resident:
+        generation = origin.generation
+        try:
+            await origin.model.client.call("open", sid=session.uid, source=origin.uid, places=None)
+        except EngineDownError:
+            return  # the worker went away: the state is rebuilt from base and journal on first use
+        session.generation = generation
+
+
+async def feed(sessions: Sessions, session: Session, ids: array[int], on_progress: OnProgress | None = None) -> None:
+    """Let the engine append tokens to a resident session. If it stops early, the timeline holds what was done."""
+    done_before = 0
+
+    def on_event(event: Message) -> None:
+        nonlocal done_before
+        sessions.append(session, ids[done_before : event["done"]])
+        done_before = event["done"]
+        if on_progress is not None:
+            on_progress(event["done"], event["total"])
+
+    await session.model.client.call("extend", on_event, sid=session.uid, ids=ids.tobytes())
+
+
+async def extend(
+    sessions: Sessions, db: int, name: bytes, ids: array[int], on_progress: OnProgress | None = None
+) -> Reply:
+    """Append tokens to a session."""
+    began = time.perf_counter()
+    session = await sessions.get(db, name)
+    async with session.lock:
+        before = session.n_tokens
+        sessions.check_ids(session.model, ids, before)
+        recomputed = await sessions.make_resident(session)
+        await feed(sessions, session, ids, on_progress)
+        tokens = session.n_tokens
+    return {
+        "tokens": tokens,
+        "reused": before - recomputed,
+        "computed": len(ids) + recomputed,
+        "source": "live",
+        "ms": _ms(began),
+    }
+
+
+async def generate(
+    sessions: Sessions,
+    db: int,
+    name: bytes,
+    max_tokens: int,
+    sampling: Sampling,
+    stops: list[bytes],
+    on_token: OnToken | None = None,
+) -> Reply:
+    """Decode up to `max_tokens` tokens. The end-of-sentence token and stop strings stay in the timeline.
+
+    finish: length, eos, stop (a stop string appeared) or context (the model's context is full).
+    """
+    began = time.perf_counter()
+    session = await sessions.get(db, name)
+    tokenizer = session.model.info.tokenizer
+    async with session.lock:
+        if session.n_tokens == 0:
+            raise KvdbError("the session is empty: PREFILL it first")
+        await sessions.make_resident(session)
+        before = session.n_tokens
+
+        def on_event(event: Message) -> None:
+            sessions.append(session, [event["token"]])
+            if on_token is not None:
+                on_token(event["token"])
+
+        done = await session.model.client.call(
+            "generate",
+            on_event,
+            sid=session.uid,
+            max_tokens=max_tokens,
+            sampling=sampling_fields(sampling),
+            stop=stops,
+            stop_ids=[] if tokenizer.eos_id is None else [tokenizer.eos_id],
+        )
+        new = session.ids[before:].tolist()
+    return {
+        "text": tokenizer.decode_bytes(new),
+        "ids": new,
+        "tokens": before + len(new),
+        "finish": done["finish"],
+        "ms": _ms(began),
+    }
+
+
+def sampling_fields(sampling: Sampling) -> dict[str, Any]:
+    """The fields of a Sampling, for a worker frame."""
+    return {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "seed": sampling.seed,
+    }
+
+
+def _ms(began: float) -> float:
+    return round((time.perf_counter() - began) * 1e3, 3)
