@@ -102,6 +102,7 @@ class Keyspace:
         self._clock = clock
         self._reader = index.begin()
         self._active = _Layer()
+        self.round = 0  # how many layers were handed over: see kvdb.containers
         self._maps = self._active.maps
         self._frozen: _Layer | None = None
         self._clean: list[dict[bytes, Entry | None]] = [{} for _ in range(DATABASES)]
@@ -408,6 +409,7 @@ class Keyspace:
         if not self._active:
             return None
         layer = self._frozen = self._active
+        self.round += 1
         self._active = _Layer()
         self._maps = self._active.maps
         return lambda txn, work: _apply(txn, work, layer)

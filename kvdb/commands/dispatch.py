@@ -98,7 +98,7 @@ def _admit(client: Client, bound: Bound, request: Request) -> tuple[Bound | None
     if not client.user.is_unrestricted and "no_auth" not in command.flag_set:
         client.server.acl.check(client, bound, request)
     if client.transaction is not None and command.name not in _UNQUEUED_COMMANDS:
-        if "no_multi" in command.flag_set:
+        if bound.waits or "no_multi" in command.flag_set:
             raise KvdbError("Command not allowed inside a transaction")
         client.transaction.add(bound, request)
         return None, QUEUED.data

@@ -8,6 +8,7 @@ from kvdb.commands.access import changed, delete
 from kvdb.commands.connection import database_number
 from kvdb.commands.parse import SYNTAX, parse_int
 from kvdb.commands.registry import handler
+from kvdb.containers import Fields, Members
 from kvdb.errors import KvdbError
 from kvdb.glob import compiled, matches
 from kvdb.store.entries import Entry, EntryType
@@ -159,6 +160,8 @@ def copy(client: Client, args: list[bytes]) -> Reply:
     if entry is None or (not replace and keyspace.get(db, target) is not None):
         return 0
     refuse_session(entry)
+    if isinstance(entry.value, Fields | Members):
+        entry = entry._replace(value=entry.value.duplicate())
     keyspace.put(db, target, entry)
     client.server.changed(db, target, "copy_to", "g")
     return 1

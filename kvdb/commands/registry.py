@@ -9,6 +9,7 @@ command (a test checks that there is none).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,7 @@ class Bound:
         "rejected_calls",
         "subcommands",
         "usec",
+        "waits",
     )
 
     def __init__(self, command: Command, fn: Handler | None) -> None:
@@ -59,7 +61,8 @@ class Bound:
         self.n_names = 1 + command.name.count(" ")
         self.min_args = abs(command.arity)
         self.max_args = command.arity if command.arity > 0 else 1 << 31
-        self.is_write = "write" in command.flag_set
+        self.is_write = "write" in command.flag_set or command.name == "EXEC"
+        self.waits = inspect.iscoroutinefunction(fn)
         self.subcommands: dict[bytes, Bound] = {}
         self.reset()
 

@@ -6,6 +6,8 @@
     entry      msgpack [type, expiry in Unix ms or 0, value]; a cut key follows as a fourth item
     string     bytes
     snapshot   [id, [field, value, ...], pinned, created ms]
+    hash       map of field to value, in order of first setting
+    zset       map of member to score (float64)
     session    [uid, fingerprint, base id or empty, tokens in base, lineage id or empty]
 
 A snapshot's reference count follows its entries: `write_entry` is the only place that changes an entry, and it runs
@@ -23,6 +25,7 @@ from typing import NamedTuple
 import msgpack
 from blake3 import blake3
 
+from kvdb.containers import Fields, Members
 from kvdb_protocol.errors import FormatError
 
 KEY_INLINE_BYTES = 400
@@ -69,7 +72,7 @@ class SessionValue:
     lineage: bytes | None = None
 
 
-Value = bytes | SnapshotValue | SessionValue
+Value = bytes | SnapshotValue | SessionValue | Fields | Members
 
 
 class Entry(NamedTuple):
@@ -111,6 +114,8 @@ def encode_entry(key: bytes, entry: Entry) -> bytes:
         value = [value.id, flat, value.pinned, value.created_ms]
     elif isinstance(value, SessionValue):
         value = [value.uid, value.fingerprint, value.base or b"", value.base_tokens, value.lineage or b""]
+    elif isinstance(value, Members):
+        value = value.scores
     row: list[object] = [int(entry.type), entry.expire_ms, value]
     if len(key) > KEY_INLINE_BYTES:
         row.append(key)
@@ -131,6 +136,10 @@ def decode_entry(data: bytes) -> Entry:
     if kind is EntryType.SESSION:
         uid, fingerprint, base, base_tokens, lineage = value
         return Entry(kind, expire_ms, SessionValue(uid, fingerprint, base or None, base_tokens, lineage or None))
+    if kind is EntryType.HASH:
+        return Entry(kind, expire_ms, Fields(value))
+    if kind is EntryType.ZSET:
+        return Entry(kind, expire_ms, Members(value))
     raise FormatError(f"entries of type {kind.name} are not stored by this version")
 
 

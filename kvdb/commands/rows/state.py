@@ -35,7 +35,7 @@ ROWS = (
          "session key [META count field value [field value ...]] [EX seconds|PX milliseconds] [NX|XX] [PIN] [ASYNC]",
          "Stores the session's state durably under a key", "O(N) in the tokens since the last snapshot",
          "NOSPACE ENGINEDOWN BUSY"),
-    _row("WAITSNAP", 2, "readonly no_multi", (1, 1, 1), "key", "Waits until a SNAPSHOT ... ASYNC of this key is durable",
+    _row("WAITSNAP", 2, "readonly no_multi", (1, 1, 1), "key", "Waits until SNAPSHOT ... ASYNC of this key is durable",
          "O(1)", "NOSPACE ENGINEDOWN CANCELLED"),
     _row("RESTORE", -3, "write denyoom no_multi", (1, 2, 1), "key session [REPLACE]",
          "Gives a session the state of a snapshot", "O(N) in the tokens of the snapshot", f"{_READ_ERRORS} BUSYKEY"),
