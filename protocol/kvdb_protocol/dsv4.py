@@ -5,7 +5,7 @@ layers, KV head dim, indexer head dim, vocabulary, window rows stored. Then, in 
 
     u32[n] token ids, f32[vocab] logits, u32[layers] compressed row counts, u32[layers] index row counts,
     and for each layer: window rows oldest first; if its ratio is not 0: compressed rows, frontier kv, frontier score
-    (c*ratio rows of c*head_dim, c = 2 for ratio 4); if its ratio is 4: index rows, index frontier kv, index frontier score.
+    (c*ratio rows of c*head_dim, c = 2 for ratio 4); if its ratio is 4: index rows, index frontier kv and score.
 
 Version 2 is kvdb's tail (tail.py). Source: the public description of ds4's format, restated in docs/format.md.
 """

@@ -29,7 +29,7 @@ MiB = 1 << 20
 # small enough that the unfinished page, which every tail repeats, stays small beside window and frontier.
 PAGE_BYTES_TARGET = MiB
 PAGE_TOKENS_MIN = 128
-# A small model would reach 1 MiB only after thousands of tokens, and each snapshot's tail repeats half a page on average.
+# A small model would reach 1 MiB only after thousands of tokens, and each tail repeats half a page on average.
 PAGE_TOKENS_MAX = 512
 
 
@@ -161,8 +161,10 @@ class Layout:
     def to_bytes(self) -> bytes:
         """Serialise for the index (msgpack array, field order as declared)."""
         packed: bytes = msgpack.packb(
-            [1, self.vocab, self.context, self.window, self.head_dim, self.rope_dim, self.index_dim]
-            + [list(self.ratios), self.page_tokens, int(self.kv_codec), int(self.index_codec)]
+            (
+                *(1, self.vocab, self.context, self.window, self.head_dim, self.rope_dim, self.index_dim),
+                *(self.ratios, self.page_tokens, int(self.kv_codec), int(self.index_codec)),
+            )
         )
         return packed
 
