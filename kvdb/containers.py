@@ -116,7 +116,8 @@ class Members:
         return copy
 
     def add(self, member: bytes, score: float) -> bool:
-        """Set a member's score; whether it is new."""
+        """Set a member's score; whether it is new. Minus zero becomes zero, as in Redis' small sets."""
+        score += 0.0
         old = self.scores.get(member)
         if old is None:
             self._order.add(member)

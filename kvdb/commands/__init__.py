@@ -23,6 +23,8 @@ _HANDLER_MODULES = (
     "pubsub",
     "describe",
     "info",
+    "objects",
+    "latency",
     "state",
     "engine",
 )

@@ -71,18 +71,23 @@ def unknown_command(request: Request) -> str:
         room = _QUOTED_BYTES - len(quoted)
         if room <= 0:
             break
-        quoted += b"'" + argument[:room] + b"' "
-    name = request[0][:_QUOTED_BYTES]
+        quoted += b"'" + _c_string(argument)[:room] + b"' "
+    name = _c_string(request[0])[:_QUOTED_BYTES]
     return (
         f"unknown command '{name.decode('utf-8', 'surrogateescape')}', "
         f"with args beginning with: {quoted.decode('utf-8', 'surrogateescape')}"
     )
 
 
+def _c_string(data: bytes) -> bytes:
+    """Up to the first zero byte: Redis prints these with printf, and clients compare messages."""
+    return data.partition(b"\0")[0]
+
+
 def unknown_subcommand(bound: Bound, sub: bytes) -> str:
     """Redis' message for a subcommand that does not exist."""
     name = bound.command.name
-    return f"unknown subcommand '{sub[:_QUOTED_BYTES].decode('utf-8', 'surrogateescape')}'. Try {name} HELP."
+    return f"unknown subcommand '{_c_string(sub)[:_QUOTED_BYTES].decode('utf-8', 'surrogateescape')}'. Try {name} HELP."
 
 
 def _wire_name(bound: Bound) -> str:

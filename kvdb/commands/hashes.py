@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from kvdb.commands.access import changed
 from kvdb.commands.keys import parse_cursor, parse_scan_options
-from kvdb.commands.numbers import add_decimals
-from kvdb.commands.parse import INT_MAX, INT_MIN, SYNTAX, parse_int
+from kvdb.commands.numbers import add_decimals, check_decimal
+from kvdb.commands.parse import INT_MAX, INT_MIN, SYNTAX, parse_float, parse_int
 from kvdb.commands.registry import handler
 from kvdb.containers import Fields
 from kvdb.errors import KvdbError, WrongTypeError
@@ -176,6 +176,9 @@ def hincrby(client: Client, args: list[bytes]) -> Reply:
 def hincrbyfloat(client: Client, args: list[bytes]) -> Reply:
     """The new value as text."""
     key, field, number = args
+    if b"inf" in number.lower() and abs(parse_float(number)) == float("inf"):
+        raise KvdbError("value is NaN or Infinity")
+    check_decimal(number)
     fields, expire_ms = for_writing(client, key)
     value = add_decimals(fields.get(field, b"0"), number, "hash value is not a float")
     fields.add(field, value)
@@ -223,8 +226,8 @@ def pick(members: list[bytes], count: int) -> list[bytes]:
 def hscan(client: Client, args: list[bytes]) -> Reply:
     """The next cursor, and some fields with their values."""
     cursor = parse_cursor(args[1])
-    count, pattern, _ = parse_scan_options(args[2:])
     fields = read(client, args[0])
+    count, pattern, _ = parse_scan_options(args[2:] if fields else [])
     cursor, names = fields.scan(cursor, count)
     items: list[Reply] = []
     for name in names:

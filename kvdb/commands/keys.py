@@ -75,10 +75,12 @@ def scan(client: Client, args: list[bytes]) -> Reply:
 
 
 def parse_cursor(text: bytes) -> int:
-    """A SCAN cursor: an unsigned 64-bit integer."""
-    if not text.isdigit() or (value := int(text)) >= 1 << 64:
+    """A SCAN cursor: an unsigned 64-bit integer, read as strtoul reads a C string."""
+    text = text.partition(b"\0")[0] or b"0"
+    digits = text[1:] if text[:1] in (b"-", b"+") else text
+    if not digits.isdigit() or (value := int(digits)) >= 1 << 64:
         raise KvdbError("invalid cursor")
-    return value
+    return -value % (1 << 64) if text[:1] == b"-" else value
 
 
 def parse_scan_options(args: list[bytes], *, with_type: bool = False) -> tuple[int, bytes | None, str | None]:

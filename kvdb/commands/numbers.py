@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from decimal import Context, Decimal
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from kvdb.commands.access import string_entry, write_string
-from kvdb.commands.parse import INT_MAX, INT_MIN, parse_float, parse_int
+from kvdb.commands.parse import INT_MAX, INT_MIN, is_float, parse_float, parse_int
 from kvdb.commands.registry import handler
 from kvdb.errors import KvdbError
 from kvdb_protocol.resp import Reply
@@ -14,8 +14,10 @@ from kvdb_protocol.resp import Reply
 if TYPE_CHECKING:
     from kvdb.net.client import Client
 
-# Redis adds in 80-bit long doubles (64 bits of mantissa) and prints 17 digits behind the point.
-_LONG_DOUBLE = Context(prec=21)
+_MANTISSA_BITS = 64  # of the 80-bit long double in which Redis adds
+_LONG_DOUBLE_LIMIT = Fraction(2) ** 16384
+_LARGEST_EXPONENT = 4932
+_LONGEST_NUMBER = 5 * 1024  # Redis' buffer for a long double's text
 
 
 @handler("INCR")
@@ -72,14 +74,46 @@ def incrbyfloat(client: Client, args: list[bytes]) -> Reply:
 
 
 def add_decimals(old: bytes, number: bytes, message: str = "value is not a valid float") -> bytes:
-    """The sum of two numbers as text, as exact as a long double. Refuses infinity and what is no number."""
-    first, second = parse_float(old, message), parse_float(number)
-    if abs(first) == float("inf") or abs(second) == float("inf"):
+    """The sum of two numbers as text, computed as Redis does: in long doubles, shown with up to 17 decimals."""
+    first, second = _long_double(old, message), _long_double(number, "value is not a valid float")
+    if first is None or second is None:
         raise KvdbError("increment would produce NaN or Infinity")
-    total = _LONG_DOUBLE.add(_decimal(old, first), _decimal(number, second))
-    text = f"{total:.17f}".rstrip("0").rstrip(".") if total % 1 else f"{total:.0f}"
-    return b"0" if text in ("-0", "") else text.encode()
+    total = _rounded(first + second)
+    if abs(total) >= _LONG_DOUBLE_LIMIT:
+        raise KvdbError("increment would produce NaN or Infinity")
+    scaled = round(total * 10**17)
+    whole, decimals = divmod(abs(scaled), 10**17)
+    sign = "-" if scaled < 0 else ""
+    return f"{sign}{whole}.{decimals:017d}".rstrip("0").rstrip(".").encode()
 
 
-def _decimal(text: bytes, value: float) -> Decimal:
-    return Decimal(value) if b"x" in text.lower() else Decimal(text.decode())
+def check_decimal(number: bytes) -> None:
+    """Raise KvdbError if this is not a number."""
+    _long_double(number, "value is not a valid float")
+
+
+def _long_double(text: bytes, message: str) -> Fraction | None:
+    """The nearest 80-bit long double to a number's text, None for infinity. Raises KvdbError."""
+    lowered = text.lower()
+    if not is_float(lowered):
+        raise KvdbError(message)
+    if b"inf" in lowered:
+        return None
+    if b"x" in lowered:
+        return Fraction(parse_float(lowered, message))
+    if len(text) > _LONGEST_NUMBER or abs(int(lowered.partition(b"e")[2] or 0)) > _LARGEST_EXPONENT:
+        raise KvdbError(message)
+    return _rounded(Fraction(text.decode()))
+
+
+def _rounded(value: Fraction) -> Fraction:
+    """Round to a mantissa of 64 bits, half to even."""
+    if not value:
+        return value
+    exponent = value.numerator.bit_length() - value.denominator.bit_length() - _MANTISSA_BITS
+    unit = Fraction(2) ** exponent
+    mantissa = value / unit
+    if abs(mantissa) >= 1 << _MANTISSA_BITS:
+        mantissa /= 2
+        unit *= 2
+    return round(mantissa) * unit

@@ -11,6 +11,7 @@ INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
 NOT_INTEGER = "value is not an integer or out of range"
 NOT_FLOAT = "value is not a valid float"
 SYNTAX = "syntax error"
+_INF = float("inf")
 _FLOAT = re.compile(rb"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|inf(?:inity)?|0x[0-9a-f]+\.?[0-9a-f]*(?:p[+-]?\d+)?)")
 
 
@@ -35,14 +36,43 @@ def parse_int(text: bytes, message: str = NOT_INTEGER) -> int:
     return value
 
 
+def is_float(lowered: bytes) -> bool:
+    """Whether lower-case text is a number that strtod reads to its end, NaN apart."""
+    return _FLOAT.fullmatch(lowered) is not None
+
+
 def parse_float(text: bytes, message: str = NOT_FLOAT) -> float:
-    """A double as strtod reads it, without spaces, and not NaN. Raises KvdbError."""
+    """A double as strtod reads it, without spaces, not NaN, within the range of doubles. Raises KvdbError."""
     lowered = text.lower()
     if not _FLOAT.fullmatch(lowered):
         raise KvdbError(message)
-    if b"x" in lowered:
-        return float.fromhex(lowered.decode())
-    return float(lowered)
+    value = _strtod(lowered)
+    is_out_of_range = value in (_INF, -_INF) or (value == 0 and _has_digits(lowered))
+    if is_out_of_range and b"inf" not in lowered:
+        raise KvdbError(message)
+    return value
+
+
+def parse_bound(text: bytes, message: str) -> float:
+    """A bound of a score range. Redis reads it with a bare strtod: spaces in front, nothing (0) and overflow pass."""
+    lowered = text.lower().lstrip(b" \t\n\v\f\r")
+    if not lowered:
+        return 0.0
+    if not _FLOAT.fullmatch(lowered):
+        raise KvdbError(message)
+    return _strtod(lowered)
+
+
+def _strtod(lowered: bytes) -> float:
+    try:
+        return float.fromhex(lowered.decode()) if b"x" in lowered else float(lowered)
+    except OverflowError:
+        return -_INF if lowered[:1] == b"-" else _INF
+
+
+def _has_digits(lowered: bytes) -> bool:
+    """Whether the mantissa of a decimal is not zero, so that a value of zero is an underflow."""
+    return b"x" not in lowered and any(digit in b"123456789" for digit in lowered.partition(b"e")[0])
 
 
 _EXPIRY_UNITS = {b"EX": (1000, False), b"PX": (1, False), b"EXAT": (1000, True), b"PXAT": (1, True)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvdb.commands.access import changed
-from kvdb.commands.parse import SYNTAX, parse_float, parse_int
+from kvdb.commands.parse import SYNTAX, parse_bound, parse_int
 from kvdb.commands.registry import handler
 from kvdb.commands.sorted_sets import for_writing, pairs_reply, read, store
 from kvdb.containers import Members
@@ -37,7 +37,7 @@ def by_score(members: Members, low: bytes, high: bytes) -> tuple[int, int]:
 
 def _score_bound(text: bytes) -> tuple[float, bool]:
     exclusive = text[:1] == b"("
-    return parse_float(text[1:] if exclusive else text, "min or max is not a float"), exclusive
+    return parse_bound(text[1:] if exclusive else text, "min or max is not a float"), exclusive
 
 
 def by_name(members: Members, low: bytes, high: bytes) -> tuple[int, int]:
@@ -201,6 +201,7 @@ def zrangestore(client: Client, args: list[bytes]) -> Reply:
 @handler("ZCOUNT")
 def zcount(client: Client, args: list[bytes]) -> Reply:
     """Number of members with scores in a range."""
+    by_score(Members(), args[1], args[2])
     start, stop = by_score(read(client, args[0]), args[1], args[2])
     return stop - start
 
@@ -208,6 +209,7 @@ def zcount(client: Client, args: list[bytes]) -> Reply:
 @handler("ZLEXCOUNT")
 def zlexcount(client: Client, args: list[bytes]) -> Reply:
     """Number of members with names in a range."""
+    by_name(Members(), args[1], args[2])
     start, stop = by_name(read(client, args[0]), args[1], args[2])
     return stop - start
 

@@ -221,8 +221,8 @@ def zrandmember(client: Client, args: list[bytes]) -> Reply:
 def zscan(client: Client, args: list[bytes]) -> Reply:
     """The next cursor, and some members with their scores."""
     cursor = parse_cursor(args[1])
-    count, pattern, _ = parse_scan_options(args[2:])
     members = read(client, args[0])
+    count, pattern, _ = parse_scan_options(args[2:] if len(members) else [])
     small = cursor == 0 and len(members) <= 128
     cursor, names = (0, [name for _, name in members.ordered]) if small else members.scan(cursor, count)
     items: list[Reply] = []

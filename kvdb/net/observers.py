@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _ALL_EVENTS = "g$lshzxetd"
 _LOGGED_ARGUMENTS = 32
 _LOGGED_BYTES = 128
+_LATENCY_SAMPLES = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class Observers:
         self.slow_log = SlowLog()
         self.monitors: dict[Client, None] = {}
         self.watchers: dict[tuple[int, bytes], dict[Client, None]] = {}
+        self.latency: dict[str, deque[tuple[int, int]]] = {}  # event -> (Unix s, ms), the latest 160
         self._events: frozenset[str] = frozenset()
         self._keyspace = self._keyevent = False
         self.is_active = False
@@ -135,6 +137,15 @@ class Observers:
         client.watched.clear()
         client.watch_broken = False
         self._update()
+
+    def note_latency(self, event: str, moment: float, seconds: float) -> None:
+        """A sample for LATENCY; the largest one of a second is kept."""
+        rows = self.latency.setdefault(event, deque(maxlen=_LATENCY_SAMPLES))
+        took_ms = int(seconds * 1000)
+        if rows and rows[-1][0] == int(moment):
+            rows[-1] = (int(moment), max(took_ms, rows[-1][1]))
+        else:
+            rows.append((int(moment), took_ms))
 
     def forget(self, client: Client) -> None:
         """A client is gone."""

@@ -94,7 +94,10 @@ class Server:
         """Copy what is needed often out of the configuration; called again after CONFIG SET."""
         self.durable_writes = config.text("appendfsync") == "always"
         slower_us = config.number("slowlog-log-slower-than")
-        self.slow_seconds = slower_us / 1e6 if slower_us >= 0 else float("inf")
+        self.slow_log_seconds = slower_us / 1e6 if slower_us >= 0 else float("inf")
+        threshold_ms = config.number("latency-monitor-threshold")
+        self.latency_seconds = threshold_ms / 1000 if threshold_ms else float("inf")
+        self.slow_seconds = min(self.slow_log_seconds, self.latency_seconds)
         self.observers.configure(config)
         if not names or "requirepass" in names:
             self.acl.set_default_password(config.text("requirepass"))
@@ -271,8 +274,11 @@ class Server:
         self.statistics.errors[word] = self.statistics.errors.get(word, 0) + 1
 
     def note_slow(self, client: Client, request: Request, seconds: float) -> None:
-        """A command took longer than `slowlog-log-slower-than`."""
-        self.observers.slow_log.add(client, request, seconds, self.now)
+        """A command took longer than `slowlog-log-slower-than` or `latency-monitor-threshold`."""
+        if seconds >= self.slow_log_seconds:
+            self.observers.slow_log.add(client, request, seconds, self.now)
+        if seconds >= self.latency_seconds:
+            self.observers.note_latency("command", self.now, seconds)
 
     def observe(self, client: Client, bound: Bound, request: Request) -> None:
         """Show a command to MONITOR."""
