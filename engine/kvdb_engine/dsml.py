@@ -24,10 +24,13 @@ _ENTITIES = (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&apos;", "'"), ("&
 _M = "(?:｜?DSML｜)?"
 _OPEN = re.compile(rf"(?:\n\n)?<{_M}tool_calls>")
 _CLOSE = re.compile(rf"</{_M}tool_calls>")
-_INVOKE = re.compile(rf'\s*<{_M}invoke name="([^"]*)"\s*>\s*(.*?)</{_M}invoke>\s*', re.DOTALL)
-_PARAMETER = re.compile(
-    rf'\s*<{_M}parameter name="([^"]*)"(?: string="(true|false)")?\s*>(.*?)</{_M}parameter>\s*', re.DOTALL
-)
+_INVOKE = re.compile(rf'<{_M}invoke name="([^"]*)"\s*>')
+_INVOKE_CLOSE = re.compile(rf"</{_M}invoke>")
+_PARAMETER = re.compile(rf'<{_M}parameter name="([^"]*)"(?: string="(true|false)")?\s*>')
+_PARAMETER_CLOSE = re.compile(rf"</{_M}parameter>")
+_SPACE = re.compile(r"\s*")
+# How each tag ends: text that has no such ending yet may still become the tag that is expected.
+_TAG_ENDS = ('">', "invoke>", "tool_calls>")
 # The longest text that may still turn out to be an opening tag.
 _OPEN_LENGTH = len(f"\n\n<{DSML}tool_calls>")
 
@@ -104,47 +107,78 @@ class Piece:
     calls: tuple[ToolCall, ...] = ()
 
 
+class _MalformedError(ValueError):
+    """The text is no tool block."""
+
+
 def parse_block(block: str) -> tuple[ToolCall, ...] | None:
-    """The calls of a whole tool block, opening and closing tag included; None if it is malformed."""
-    opened = _OPEN.match(block)
-    closed = max(_CLOSE.finditer(block), key=lambda found: found.start(), default=None)
-    if opened is None or closed is None:
+    """The calls of a whole tool block, opening and closing tag included; None if it is malformed or unfinished."""
+    try:
+        scanned = _scan(block)
+    except _MalformedError:
         return None
-    body = block[opened.end() : closed.start()]
+    return scanned[1] if scanned and not block[scanned[0] :].strip() else None
+
+
+def _scan(text: str) -> tuple[int, tuple[ToolCall, ...]] | None:
+    """(end, calls) of the tool block that `text` begins with; None while it is unfinished.
+
+    Goes tag by tag, so that values may hold any text but the closing parameter tag. Raises _MalformedError.
+    """
+    opened = _OPEN.match(text)
+    if opened is None:
+        raise _MalformedError
+    at = opened.end()
     calls: list[ToolCall] = []
-    at = 0
-    while at < len(body):
-        invoke = _INVOKE.match(body, at)
-        if invoke is None:
-            return None if body[at:].strip() else tuple(calls)
-        arguments = _arguments(invoke.group(2))
-        if arguments is None:
-            return None
-        calls.append(ToolCall(_unescape(invoke.group(1)), arguments))
-        at = invoke.end()
-    return tuple(calls) or None
-
-
-def _arguments(body: str) -> str | None:
-    """Parameters of one invoke as the text of a JSON object, or None if malformed."""
-    members: dict[str, str] = {}
-    at = 0
-    while at < len(body):
-        found = _PARAMETER.match(body, at)
+    while True:
+        found = _tag(text, at, _INVOKE, _CLOSE)
         if found is None:
-            if body[at:].strip():
-                return None
-            break
-        name, is_string, value = _unescape(found.group(1)), found.group(2) != "false", found.group(3)
-        if is_string:
-            members[name] = json.dumps(_unescape(value), ensure_ascii=False)
-        else:
-            try:
-                members[name] = json.dumps(json.loads(value), ensure_ascii=False, separators=(",", ":"))
-            except ValueError:
-                return None
+            return None
         at = found.end()
-    return "{" + ",".join(f"{json.dumps(name, ensure_ascii=False)}:{value}" for name, value in members.items()) + "}"
+        if found.re is _CLOSE:
+            if not calls:
+                raise _MalformedError
+            return at, tuple(calls)
+        name = _unescape(found.group(1))
+        members: dict[str, str] = {}
+        while True:
+            found = _tag(text, at, _PARAMETER, _INVOKE_CLOSE)
+            if found is None:
+                return None
+            at = found.end()
+            if found.re is _INVOKE_CLOSE:
+                break
+            closed = _PARAMETER_CLOSE.search(text, at)
+            if closed is None:
+                return None
+            members[_unescape(found.group(1))] = _value(text[at : closed.start()], found.group(2) != "false")
+            at = closed.end()
+        pairs = (f"{json.dumps(key, ensure_ascii=False)}:{value}" for key, value in members.items())
+        calls.append(ToolCall(name, "{" + ",".join(pairs) + "}"))
+
+
+def _tag(text: str, at: int, *wanted: re.Pattern[str]) -> re.Match[str] | None:
+    """The next tag, white space skipped; None if it is unfinished. Raises _MalformedError if it is another one."""
+    space = _SPACE.match(text, at)
+    at = space.end() if space else at
+    for pattern in wanted:
+        found = pattern.match(text, at)
+        if found is not None:
+            return found
+    rest = text[at:]
+    if (rest and not rest.startswith("<")) or any(end in rest for end in _TAG_ENDS):
+        raise _MalformedError
+    return None
+
+
+def _value(text: str, is_string: bool) -> str:
+    """A parameter's value as JSON text. Raises _MalformedError."""
+    if is_string:
+        return json.dumps(_unescape(text), ensure_ascii=False)
+    try:
+        return json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
+    except ValueError as error:
+        raise _MalformedError from error
 
 
 def _unescape(text: str) -> str:
@@ -223,19 +257,25 @@ class ReplyParser:
             self._emit(pieces, "content", self._held[: opened.start()])
             self._held = self._held[opened.start() :]
             self._in_block = True
-        closed = _CLOSE.search(self._held)
-        if closed is None:
-            return
-        block = self._held[: closed.end()]
-        calls = parse_block(block)
-        self.is_done = True
-        self._in_block = False
-        self._held = ""
-        if calls is None:
+        calls: tuple[ToolCall, ...] = ()
+        try:
+            scanned = _scan(self._held)
+            if scanned is None:
+                return
+            end, calls = scanned
+        except _MalformedError:
+            # Text after all; but the model meant to end its turn at the closing tag, so wait for that.
+            closed = _CLOSE.search(self._held)
+            if closed is None:
+                return
+            end = closed.end()
+        block = self._held[:end]
+        self.is_done, self._in_block, self._held = True, False, ""
+        if not calls:
             self._emit(pieces, "content", block)
-        else:
-            self._calls, self._block = calls, block
-            pieces.append(Piece("calls", block, calls))
+            return
+        self._calls, self._block = calls, block
+        pieces.append(Piece("calls", block, calls))
 
 
 def _overlap(text: str, mark: str) -> int:

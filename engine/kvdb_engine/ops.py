@@ -93,7 +93,7 @@ class Ops(Protocol):
         """Elementwise maximum with a number."""
 
     def keep(self, mask: Array, x: Array) -> Array:
-        """x where mask holds, MASKED elsewhere. mask broadcasts against x."""
+        """x where mask holds, MASKED elsewhere. mask broadcasts against x; x may be overwritten."""
 
     def arange(self, start: int, stop: int) -> Array:
         """Whole numbers from start to stop."""

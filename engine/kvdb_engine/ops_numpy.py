@@ -67,7 +67,8 @@ class NumpyOps:
         return np.concatenate(parts, axis=axis)
 
     def norm(self, x: Array, weight: Array | None, eps: float) -> Array:
-        out = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))
+        mean = np.add.reduce(x * x, axis=-1, keepdims=True) / np.float32(x.shape[-1])
+        out = x / np.sqrt(mean + np.float32(eps))
         if weight is not None:
             out *= weight
         return out
@@ -89,15 +90,17 @@ class NumpyOps:
         return 1 / (1 + np.exp(-x))
 
     def softmax(self, x: Array, axis: int) -> Array:
-        out = np.exp(x - x.max(axis=axis, keepdims=True))
-        out /= out.sum(axis=axis, keepdims=True)
+        out = x - np.maximum.reduce(x, axis=axis, keepdims=True)
+        np.exp(out, out=out)
+        out /= np.add.reduce(out, axis=axis, keepdims=True)
         return out
 
     def maximum(self, x: Array, bound: float) -> Array:
         return np.maximum(x, np.float32(bound))
 
     def keep(self, mask: Array, x: Array) -> Array:
-        return np.where(mask, x, np.float32(MASKED))
+        np.copyto(x, np.float32(MASKED), where=~mask)
+        return x
 
     def arange(self, start: int, stop: int) -> Array:
         return np.arange(start, stop)
@@ -116,11 +119,18 @@ class NumpyOps:
         return round_f16(x)
 
     def sinkhorn(self, matrices: Array, iterations: int, eps: float) -> Array:
-        m = matrices / (matrices.sum(axis=-2, keepdims=True) + np.float32(eps))
+        n_tokens, n, _ = matrices.shape
+        if n_tokens == 1 and n == 4:
+            values = _sinkhorn_4(matrices.ravel().tolist(), iterations, eps)
+            return np.array(values, np.float32).reshape(1, 4, 4)
+        # Tokens last: numpy then runs along them, and not along rows of four numbers.
+        m = np.ascontiguousarray(matrices.transpose(1, 2, 0))
+        bound = np.float32(eps)
+        m /= np.add.reduce(m, axis=0, keepdims=True) + bound
         for _ in range(iterations - 1):
-            m /= m.sum(axis=-1, keepdims=True) + np.float32(eps)
-            m /= m.sum(axis=-2, keepdims=True) + np.float32(eps)
-        return m
+            m /= np.add.reduce(m, axis=1, keepdims=True) + bound
+            m /= np.add.reduce(m, axis=0, keepdims=True) + bound
+        return np.ascontiguousarray(m.transpose(2, 0, 1))
 
     def router_scores(self, logits: Array) -> Array:
         return np.sqrt(np.logaddexp(logits, np.float32(0)))
@@ -185,3 +195,17 @@ class NumpyOps:
 
     def view(self, rows: Rows) -> Array:
         return rows.buffer.data[: rows.n_rows]
+
+
+def _sinkhorn_4(m: list[float], iterations: int, eps: float) -> list[float]:
+    """Sinkhorn of one 4 x 4 matrix in float64, written out: a tenth of the time of numpy calls on 16 numbers."""
+    a, b, c, d, e, f, g, h, i, j, k, l, o, p, q, r = m  # noqa: E741
+    for turn in range(iterations):
+        if turn:
+            s, t, u, v = a + b + c + d + eps, e + f + g + h + eps, i + j + k + l + eps, o + p + q + r + eps
+            a, b, c, d, e, f, g, h = a / s, b / s, c / s, d / s, e / t, f / t, g / t, h / t
+            i, j, k, l, o, p, q, r = i / u, j / u, k / u, l / u, o / v, p / v, q / v, r / v  # noqa: E741
+        s, t, u, v = a + e + i + o + eps, b + f + j + p + eps, c + g + k + q + eps, d + h + l + r + eps
+        a, b, c, d, e, f, g, h = a / s, b / t, c / u, d / v, e / s, f / t, g / u, h / v
+        i, j, k, l, o, p, q, r = i / s, j / t, k / u, l / v, o / s, p / t, q / u, r / v  # noqa: E741
+    return [a, b, c, d, e, f, g, h, i, j, k, l, o, p, q, r]

@@ -175,7 +175,7 @@ def weight_files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index}: unreadable index: {error}") from error
         paths = sorted(folder / str(name) for name in names)
         missing = [path.name for path in paths if not path.exists()]

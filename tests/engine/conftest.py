@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from kvdb_engine.catalog import ModelInfo, open_model
 from kvdb_engine.engine import Engine
 from kvdb_engine.fidelity import Vectors

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
 from kvdb_engine.engine import Engine
 from kvdb_engine.state import State
 
@@ -13,7 +14,33 @@ Runs = Callable[[Engine, np.ndarray], State]
 RoundTrip = Callable[[Engine, State], State]
 Hash = Callable[[Engine, State], bytes]
 
-BORDERS = (1, 2, 3, 4, 5, 7, 8, 63, 64, 127, 128, 129, 255, 256, 257, 259, 260, 383, 384, 511, 512, 513, 640, 1023, 1025)
+BORDERS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    63,
+    64,
+    127,
+    128,
+    129,
+    255,
+    256,
+    257,
+    259,
+    260,
+    383,
+    384,
+    511,
+    512,
+    513,
+    640,
+    1023,
+    1025,
+)
 
 
 def continue_both(engine: Engine, a: State, b: State, steps: np.ndarray, chunk: np.ndarray, hashed: Hash) -> None:
