@@ -135,8 +135,9 @@ class EngineClient:
             while data := await reader.read(1 << 20):
                 for message in frames.feed(data):
                     self._deliver(message)
-        except (OSError, ValueError) as error:
-            reason = f"the engine worker's stream broke: {error}"
+        except Exception as error:  # a frame that makes no sense: better no worker than one that is not understood
+            reason = f"the engine worker's stream broke: {error!r}"
+            self.kill()
         await self._down(reason)
 
     def _deliver(self, message: Message) -> None:

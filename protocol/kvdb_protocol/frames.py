@@ -6,7 +6,6 @@ Frames are small. Row data never travels in a frame: it goes through segment fil
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -26,14 +25,15 @@ def encode_frame(message: Message) -> bytes:
 
 
 class FrameReader:
-    """Collects bytes and yields whole messages."""
+    """Collects bytes and gives whole messages."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[Message]:
-        """Add received bytes; yield every message that is now complete."""
+    def feed(self, data: bytes) -> list[Message]:
+        """Add received bytes; return the messages that are now complete."""
         self._buffer += data
+        found = []
         at = 0
         while len(self._buffer) - at >= _LENGTH.size:
             (size,) = _LENGTH.unpack_from(self._buffer, at)
@@ -44,5 +44,6 @@ class FrameReader:
                 break
             body = bytes(self._buffer[at + _LENGTH.size : end])
             at = end
-            yield msgpack.unpackb(body)
+            found.append(msgpack.unpackb(body))
         del self._buffer[:at]
+        return found
