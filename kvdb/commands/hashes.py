@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _HASH = EntryType.HASH
 _NO_FIELDS = Fields()
+_MAX_REPEATS = 10_000_000  # a negative count may ask for any number of repeats: this many are a reply of 100 MB
 
 
 def read(client: Client, key: bytes) -> Fields:
@@ -207,9 +208,12 @@ def parse_random_count(args: list[bytes], option: bytes) -> int:
     count = parse_int(args[1])
     if len(args) > 3 or (len(args) == 3 and args[2].upper() != option):
         raise KvdbError(SYNTAX)
-    # As in Redis: a reply could not hold twice as many.
-    if not -(INT_MAX // 2) <= count <= INT_MAX // 2 and len(args) == 3:
+    if len(args) == 3 and not -(INT_MAX // 2) <= count <= INT_MAX // 2:
         raise KvdbError("value is out of range")
+    if count == INT_MIN:
+        raise KvdbError(f"value is out of range, value must between -{INT_MAX} and {INT_MAX}")
+    if count < -_MAX_REPEATS:
+        raise KvdbError(f"value is out of range, at most {_MAX_REPEATS} members with repeats")
     return count
 
 
