@@ -22,8 +22,22 @@ from kvdb_tools.daemon import CommandError, DaemonError
 @click.option("--json", "as_json", is_flag=True, help="Results as JSON on standard output.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the charts into FILE.png.")
 @click.option("--quick", is_flag=True, help="A short version: fewer repetitions, numbers less steady.")
+@click.option("--full", is_flag=True, help="The largest sizes too: some scenarios then need 50 GB of disk and an hour.")
+@click.option(
+    "--traces",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Directory of traces for replay and eviction (the repository has three agent sessions).",
+)
 @click.option("--model", default="dsv4-nano", show_default=True, help="Model name or path.")
-def main(scenarios: tuple[str, ...], as_json: bool, plot: Path | None, quick: bool, model: str) -> None:
+def main(
+    scenarios: tuple[str, ...],
+    as_json: bool,
+    plot: Path | None,
+    quick: bool,
+    full: bool,
+    traces: Path | None,
+    model: str,
+) -> None:
     """Measure kvdb beside its baselines, in one run on this machine."""
     console = Console(stderr=as_json, highlight=False)
     results: dict[str, Result] = {}
@@ -31,7 +45,12 @@ def main(scenarios: tuple[str, ...], as_json: bool, plot: Path | None, quick: bo
     for name in scenarios:
         with tempfile.TemporaryDirectory(prefix="kvdb-bench-") as scratch:
             settings = Settings(
-                Path(scratch), quick, model, lambda line: console.print(line, style="dim", markup=False)
+                Path(scratch),
+                quick,
+                model,
+                lambda line: console.print(line, style="dim", markup=False),
+                full,
+                traces,
             )
             try:
                 results[name] = SCENARIOS[name].run(settings)

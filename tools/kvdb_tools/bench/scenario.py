@@ -13,12 +13,17 @@ class MissingError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to run. `scratch` is an empty directory that goes away; `quick` asks for a short version."""
+    """How to run. `scratch` is an empty directory that goes away; `quick` asks for a short version, `full` for the
+
+    sizes that take many gigabytes and minutes. `traces`: a directory of traces, where the user named one.
+    """
 
     scratch: Path
     quick: bool
     model: str
     say: Callable[[str], None]
+    full: bool = False
+    traces: Path | None = None
 
 
 Cell = str | int | float | None
