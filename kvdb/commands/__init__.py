@@ -27,6 +27,7 @@ _HANDLER_MODULES = (
     "latency",
     "state",
     "engine",
+    "store",
 )
 
 

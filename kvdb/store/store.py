@@ -41,6 +41,7 @@ from kvdb.store.rows import ModelRow, Reason, SnapshotRow, pack
 from kvdb.store.segments import Segments, gaps, live_extents
 from kvdb.store.snapshots import check_written, commit_snapshot, uncache_snapshot, usage
 from kvdb.store.stats import StoreStats, measure
+from kvdb.store.verify import Finding, verify
 from kvdb.store.work import Extent, Work
 from kvdb_protocol.ids import root_prefix
 from kvdb_protocol.layout import Layout
@@ -380,6 +381,14 @@ class Store:
     async def stats(self) -> StoreStats:
         """Where every byte is."""
         return await self._loop.run_in_executor(self._pool, measure, self._index, self._segments, self._files)
+
+    async def verify(self, *, deep: bool) -> list[Finding]:
+        """Everything that is wrong in the directory; `deep` also reads every payload. Clients go on meanwhile."""
+
+        def check() -> list[Finding]:
+            return list(verify(self._index, self._segments.folder, self._files, deep=deep))
+
+        return await self._loop.run_in_executor(self._pool, check)
 
     async def gc(self) -> int:
         """Give every dead byte back, also those that a crash or a failed punch left; return their number."""

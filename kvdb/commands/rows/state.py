@@ -64,7 +64,7 @@ ROWS = (
          "NOENGINE ENGINEDOWN"),
     _row("ENGINE UNLOAD", -2, "admin no_multi", (0, 0, 0), "[model]",
          "Snapshots the live sessions of a model and stops its engine", "O(N) in the sessions", "NOENGINE"),
-    _row("ENGINE STATUS", 2, "readonly", (0, 0, 0), "", "Describes the engines and their queues"),
+    _row("ENGINE STATUS", -2, "readonly", (0, 0, 0), "[model]", "Describes an engine and its queue"),
     _row("ENGINE MODELS", 2, "readonly", (0, 0, 0), "", "Lists the models that can be run"),
     _row("ENGINE CANCEL", 3, "write no_multi", (2, 2, 1), "session", "Stops the work of a session at the next chunk"),
     Command("STORE", "store", -2, summary="Container of the store commands", since="0.1.0", is_container=True),
