@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from kvdb_engine.ops import MASKED, Array, ExpertWeights, Rows
 from kvdb_engine.packing import F32
@@ -38,6 +39,9 @@ class NumpyOps:
 
     def __init__(self) -> None:
         self._hadamards: dict[int, F32] = {}
+        # One BLAS thread: results then do not depend on the number of processors, and a busy machine is no trap (idle
+        # BLAS threads spin: with two processes on two processors, prefill fell to a quarter).
+        threadpool_limits(limits=1, user_api="blas")
 
     def array(self, host: Any) -> Array:
         return np.array(host, order="C")
