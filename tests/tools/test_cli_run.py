@@ -102,3 +102,8 @@ def test_without_a_login_one_may_still_authenticate(fake_server) -> None:
     fake_server.answers[b"GET"] = b"-NOAUTH Authentication required.\r\n"
     with Connection(Target(port=fake_server.port)) as connection:
         assert connection.call("GET", "k") == ErrorReply("NOAUTH Authentication required.")
+
+
+def test_a_server_that_was_told_to_end_need_not_answer(fake_server) -> None:
+    fake_server.answers[b"SHUTDOWN"] = b"CLOSE"
+    assert runner(fake_server, "raw")[0].run([b"SHUTDOWN"]) == 0

@@ -13,7 +13,7 @@ from typing import BinaryIO, Literal
 
 from kvdb_tools.cli.connection import Connection, Target
 from kvdb_tools.cli.render import as_json, for_people, raw
-from kvdb_tools.cli.reply import ErrorReply, Push, Reply
+from kvdb_tools.cli.reply import ConnectionClosed, ErrorReply, Push, Reply
 from kvdb_tools.cli.stream import Watcher, without_streamed
 from kvdb_tools.cli.words import QuoteError, split_line
 
@@ -67,6 +67,11 @@ class Runner:
         on_push = self.write if self.output.style == "json" else watcher
         try:
             reply = self.connection.send(words, on_push)
+        except ConnectionClosed:
+            self.close()
+            if name == b"SHUTDOWN":
+                return 0  # a server that ends does not answer
+            raise
         except BaseException:
             self.close()
             raise

@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from kvdb_engine.sampling import log_probabilities
 from kvdb_tools.cli.connection import Connection
 from kvdb_tools.cli.reply import ErrorReply, Push
 from kvdb_tools.daemon import Caller, CommandError, Daemon, as_ids, as_int, plain
@@ -25,6 +28,7 @@ GREEDY_TOKENS = 48
 KILL_AFTER_TOKENS = 12
 # Room in the model's context for everything that is generated after the text.
 SPARE_TOKENS = 1024
+LEAST_TOKENS = 8000
 LAST_STEP = f"step:{STEPS}"
 
 
@@ -41,6 +45,7 @@ class Stage:
     model: str
     say: Callable[[str], None]
     on_progress: Callable[[int, int], None]
+    most_tokens: int
     report: Report = field(default_factory=Report)
     reference: tuple[int, ...] = ()
     reference_logits: bytes = b""
@@ -89,19 +94,20 @@ def start(stage: Stage) -> None:
     # The engine starts on first use; here, so that the prefill below is timed without it.
     began = time.perf_counter()
     stage.call("ENGINE", "LOAD", stage.model)
-    stage.report.acts.append(Act(f"start the engine ({stage.model})", time.perf_counter() - began))
+    stage.report.acts.append(Act("start the engine", time.perf_counter() - began))
     models = [model for model in stage.call.list("ENGINE", "MODELS") if isinstance(model, dict)]
     context = next(as_int(model["context"]) for model in models if _text(model["name"]) == stage.model)
     n_tokens = len(stage.call.list("TOKENIZE", stage.model, stage.text))
-    stage.text = cut_text(stage.text, n_tokens, context - SPARE_TOKENS)
+    stage.text = cut_text(stage.text, n_tokens, min(stage.most_tokens, context - SPARE_TOKENS))
 
 
 def prefill(stage: Stage) -> None:
     """Read the text for the first time."""
     reply, seconds = _prefill(stage, "book", "YES")
     stage.report.n_tokens = as_int(reply["tokens"])
-    stage.report.acts.append(Act("PREFILL the text", seconds, recomputed=as_int(reply["computed"]), prefills=1))
-    stage.check("the text is at least 8,000 tokens", stage.report.n_tokens >= 8000, f"{stage.report.n_tokens:,}")
+    stage.report.acts.append(Act("PREFILL the text", seconds, recomputed=as_int(reply["computed"])))
+    is_long = stage.report.n_tokens >= LEAST_TOKENS
+    stage.check(f"the text has at least {LEAST_TOKENS:,} tokens", is_long, f"{stage.report.n_tokens:,}")
 
 
 def snapshot(stage: Stage) -> None:
@@ -124,7 +130,7 @@ def take_steps(stage: Stage) -> None:
         written += as_int(reply["bytes_new"])
         shared += as_int(reply["bytes_shared"])
     stage.report.acts.append(Act(f"{STEPS} x GENERATE {STEP_TOKENS} tokens", generating, recomputed=0))
-    stage.report.acts.append(Act(f"{STEPS} x SNAPSHOT, one a step", spent, written, shared))
+    stage.report.acts.append(Act(f"{STEPS} x SNAPSHOT", spent, written, shared))
 
 
 def fork(stage: Stage) -> None:
@@ -143,20 +149,22 @@ def fork(stage: Stage) -> None:
         reply = stage.call.map("SNAPSHOT", name, f"kept:{seed}")
         written += as_int(reply["bytes_new"])
         shared += as_int(reply["bytes_shared"])
-    stage.report.acts.append(
-        Act(f"{STEP_TOKENS} tokens and a SNAPSHOT on each", time.perf_counter() - began, written, shared, 0)
-    )
+    stage.report.acts.append(Act(f"GENERATE, SNAPSHOT on {BRANCHES}", time.perf_counter() - began, written, shared, 0))
     stage.check("each seed gives another branch", made == BRANCHES and len(texts) == BRANCHES)
 
 
 def sample(stage: Stage) -> None:
     """A hundred next tokens from the stored logits."""
+    options = ("COUNT", DRAWS, "TEMPERATURE", 1, "MINP", 0, "SEED", 1)
     began = time.perf_counter()
-    draws = stage.call.list("SAMPLE", LAST_STEP, "COUNT", DRAWS, "TEMPERATURE", 1, "SEED", 1)
+    draws = stage.call.list("SAMPLE", "book:0", *options)
     seconds = time.perf_counter() - began
     stage.report.acts.append(Act(f"SAMPLE {DRAWS} next tokens", seconds, 0, recomputed=0, prefills=1))
-    ids = {draw["id"] for draw in draws if isinstance(draw, dict)}
-    stage.check("samples come from the stored logits", len(draws) == DRAWS and len(ids) > 1, f"{len(ids)} different")
+    logprobs = log_probabilities(np.frombuffer(stage.call.data("LOGITS", "book:0", "RAW"), "<f4"))
+    found = [(as_int(draw["id"]), draw["logprob"]) for draw in draws if isinstance(draw, dict)]
+    are_right = all(isinstance(p, float) and abs(p - logprobs[token]) < 1e-6 for token, p in found)
+    n_different = len({token for token, _ in found})
+    stage.check("samples come from the stored logits", are_right and len(found) == DRAWS, f"{n_different} different")
 
 
 def run_uninterrupted(stage: Stage) -> None:
@@ -165,7 +173,7 @@ def run_uninterrupted(stage: Stage) -> None:
     stage.reference_logits = stage.call.data("LOGITS", LAST_STEP, "RAW")
     reply, seconds = _timed(stage, "GENERATE", "reference", "MAXTOKENS", GREEDY_TOKENS, *GREEDY)
     stage.reference = as_ids(reply["ids"])
-    stage.report.acts.append(Act(f"GENERATE {len(stage.reference)} tokens, undisturbed", seconds, recomputed=0))
+    stage.report.acts.append(Act(f"GENERATE {len(stage.reference)} tokens", seconds, recomputed=0))
 
 
 def kill_in_the_middle(stage: Stage) -> None:
@@ -186,14 +194,12 @@ def kill_in_the_middle(stage: Stage) -> None:
     except ConnectionError:
         pass
     stage.drop_connection()
-    stage.report.acts.append(
-        Act(f"SIGKILL after {KILL_AFTER_TOKENS} tokens of a generation", time.perf_counter() - began)
-    )
+    stage.report.acts.append(Act(f"SIGKILL after {KILL_AFTER_TOKENS} of 1,000 tokens", time.perf_counter() - began))
 
 
 def start_again(stage: Stage) -> None:
     """Recovery is part of the start."""
-    stage.report.acts.append(Act("start again: time to the first PONG", stage.daemon.start()))
+    stage.report.acts.append(Act("start again", stage.daemon.start()))
     keys = ["book:0", *(f"step:{number}" for number in range(1, STEPS + 1))]
     keys += [f"kept:{number}" for number in range(1, BRANCHES + 1)]
     found = stage.call.number("EXISTS", *keys)
@@ -205,14 +211,14 @@ def restore_and_continue(stage: Stage) -> None:
     """The last snapshot, continued as if nothing had happened."""
     reply, seconds = _timed(stage, "RESTORE", LAST_STEP, "resumed")
     recomputed = as_int(reply["recomputed"])
-    stage.report.acts.append(Act("RESTORE the last snapshot", seconds, 0, as_int(reply["bytes_read"]), recomputed, 1))
+    stage.report.acts.append(Act("RESTORE the last snapshot", seconds, 0, recomputed=recomputed, prefills=1))
     logits = stage.call.data("LOGITS", "resumed", "RAW")
     stage.check(
         "the logits are the same bytes", bool(logits) and logits == stage.reference_logits, f"{len(logits)} bytes"
     )
     reply, seconds = _timed(stage, "GENERATE", "resumed", "MAXTOKENS", GREEDY_TOKENS, *GREEDY)
     ids = as_ids(reply["ids"])
-    stage.report.acts.append(Act(f"GENERATE {len(ids)} tokens after the crash", seconds, recomputed=0))
+    stage.report.acts.append(Act(f"GENERATE {len(ids)} tokens again", seconds, recomputed=0))
     stage.check("the tokens are those of the undisturbed run", ids == stage.reference, f"{len(ids)} tokens")
     n = len(stage.streamed)
     stage.check(
@@ -225,7 +231,7 @@ def prefill_again(stage: Stage) -> None:
     """Somebody else sends the same text."""
     reply, seconds = _prefill(stage, "another", "YES")
     computed = as_int(reply["computed"])
-    stage.report.acts.append(Act("PREFILL the same text in a new session", seconds, 0, recomputed=computed, prefills=1))
+    stage.report.acts.append(Act("PREFILL the text, new session", seconds, 0, recomputed=computed, prefills=1))
     is_stored = _text(reply["source"]) == "stored" and computed == 0
     stage.check("the text is served from the store", is_stored, f"{computed} tokens computed")
 
@@ -234,7 +240,7 @@ def prefill_without_kvdb(stage: Stage) -> None:
     """What all of it would cost each time: the same text, computed again."""
     reply, seconds = _prefill(stage, "cold", "NO")
     stage.report.prefill_s = seconds
-    stage.report.acts.append(Act("PREFILL it without reuse", seconds, recomputed=as_int(reply["computed"]), prefills=1))
+    stage.report.acts.append(Act("PREFILL it with no reuse", seconds, recomputed=as_int(reply["computed"])))
     same = stage.call.data("LOGITS", "cold", "RAW") == stage.call.data("LOGITS", "book:0", "RAW")
     stage.check("computed again, the logits are the stored ones", same)
 

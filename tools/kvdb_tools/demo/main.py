@@ -24,17 +24,20 @@ from kvdb_tools.demo.text import demo_text
 @click.command()
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Work in DIR and leave it there.")
 @click.option("--model", default="dsv4-nano", show_default=True, help="Model name or path.")
+@click.option(
+    "--tokens", default=10_000, show_default=True, type=click.IntRange(1000), help="Cut the text to about so many."
+)
 @click.option("--json", "as_json", is_flag=True, help="The measurements and checks as JSON on standard output.")
-def main(keep: Path | None, model: str, as_json: bool) -> None:
+def main(keep: Path | None, model: str, tokens: int, as_json: bool) -> None:
     """Show the whole path: prefill, snapshot, steps, fork, sample, SIGKILL, restore, reuse."""
     console = Console(stderr=as_json, highlight=False)
     if keep is not None and keep.exists() and any(keep.iterdir()):
         raise click.UsageError(f"{keep} is not empty")
     with tempfile.TemporaryDirectory(prefix="kvdb-demo-") as scratch:
-        raise SystemExit(run(console, (keep or Path(scratch) / "data").resolve(), model, as_json))
+        raise SystemExit(run(console, (keep or Path(scratch) / "data").resolve(), model, tokens, as_json))
 
 
-def run(console: Console, directory: Path, model: str, as_json: bool) -> int:
+def run(console: Console, directory: Path, model: str, tokens: int, as_json: bool) -> int:
     """Run the demo on an empty directory; returns the exit status."""
     columns = TextColumn("reading"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
@@ -44,7 +47,7 @@ def run(console: Console, directory: Path, model: str, as_json: bool) -> int:
             progress.update(task, completed=done, total=total, visible=done < total)
 
         daemon = Daemon(directory, {"model": model})
-        stage = Stage(daemon, demo_text(), model, progress.console.print, on_progress)
+        stage = Stage(daemon, demo_text(), model, progress.console.print, on_progress, tokens)
         problem = ""
         try:
             run_acts(stage)

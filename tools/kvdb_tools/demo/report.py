@@ -60,11 +60,12 @@ def table(report: Report) -> Table:
     """The acts as one table."""
     shown = Table(
         title=f"a text of {report.n_tokens:,} tokens",
-        caption=f"without kvdb: prefill again, {duration(report.prefill_s)} each time, measured in this run",
+        caption=f"written, shared: bytes of pages and tails\n"
+        f"without kvdb: prefill again, {duration(report.prefill_s)} each time, measured in this run",
         caption_justify="left",
     )
     shown.add_column("act")
-    for name in ("time", "written", "shared", "tokens\nrecomputed", "without\nkvdb"):
+    for name in ("time", "written", "shared", "tokens\ncomputed", "without\nkvdb"):
         shown.add_column(name, justify="right")
     for act in report.acts:
         shown.add_row(
