@@ -155,8 +155,8 @@ def _commandstats(server: Server) -> Fields:
         for bound in (top, *top.subcommands.values()):
             if bound.calls or bound.rejected_calls:
                 fields["cmdstat_" + bound.command.name.lower().replace(" ", "|")] = (
-                    f"calls={bound.calls},usec={int(bound.usec)},"
-                    f"usec_per_call={bound.usec / max(bound.calls, 1):.2f},"
+                    f"calls={bound.calls},usec={int(bound.seconds * 1e6)},"
+                    f"usec_per_call={bound.seconds * 1e6 / max(bound.calls, 1):.2f},"
                     f"rejected_calls={bound.rejected_calls},failed_calls={bound.failed_calls}"
                 )
     return fields

@@ -65,7 +65,7 @@ def histogram(client: Client, args: list[bytes]) -> Reply:
 
 def _histogram(bound: Bound) -> Reply:
     """Only the mean is kept for each command, so the distribution has one step."""
-    mean_us = bound.usec / bound.calls
+    mean_us = bound.seconds * 1e6 / bound.calls
     step = 1
     while step < mean_us:
         step *= 2

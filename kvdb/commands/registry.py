@@ -51,7 +51,7 @@ class Bound:
         "n_names",
         "rejected_calls",
         "subcommands",
-        "usec",
+        "seconds",
         "waits",
     )
 
@@ -69,7 +69,7 @@ class Bound:
     def reset(self) -> None:
         """Set the counters to zero."""
         self.calls = 0
-        self.usec = 0.0
+        self.seconds = 0.0
         self.rejected_calls = 0
         self.failed_calls = 0
 

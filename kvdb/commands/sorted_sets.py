@@ -82,6 +82,10 @@ def pairs_reply(client: Client, pairs: list[tuple[float, bytes]], with_scores: b
 @handler("ZADD")
 def zadd(client: Client, args: list[bytes]) -> Reply:
     """How many members are new (CH: new or changed); with INCR the new score."""
+    return _add(client, args)
+
+
+def _add(client: Client, args: list[bytes]) -> int | float | None:
     key = args[0]
     options: set[bytes] = set()
     at = 1
@@ -129,7 +133,7 @@ def _is_wanted(options: set[bytes], old: float | None, score: float) -> bool:
 @handler("ZINCRBY")
 def zincrby(client: Client, args: list[bytes]) -> Reply:
     """The new score."""
-    return zadd(client, [args[0], b"INCR", args[1], args[2]])
+    return _add(client, [args[0], b"INCR", args[1], args[2]])
 
 
 @handler("ZCARD")

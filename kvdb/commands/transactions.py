@@ -81,7 +81,7 @@ def exec_(client: Client, args: list[bytes]) -> Reply:
         except Exception as error:
             replies.append(dispatch.error_reply(client, bound, error))
         bound.calls += 1
-        bound.usec += (time.perf_counter() - began) * 1e6
+        bound.seconds += time.perf_counter() - began
     return Encoded(b"".join(replies))
 
 

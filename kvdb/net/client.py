@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from typing import TYPE_CHECKING, Any, cast
 
 from kvdb.commands import dispatch
@@ -61,6 +61,7 @@ class Client(asyncio.Protocol):
         self._read_paused = False
         self._held = False  # CLIENT PAUSE holds the next request
         self._closing = False
+        self._stopped = False
 
     def set_defaults(self) -> None:
         """The state of a new connection, and of one after RESET; subscriptions and watched keys are left alone."""
@@ -100,13 +101,13 @@ class Client(asyncio.Protocol):
         self.peer = _address(transport.get_extra_info("peername")) if self.listener != "unix" else f"{self.local}:0"
         refusal = self.server.accept(self, sock)
         if refusal is not None:
-            self._closing = True
+            self._closing = self._stopped = True
             transport.write(encode_error(refusal))
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone: its work is cancelled and its requests are forgotten."""
-        self.cancelled = self._closing = True
+        self.cancelled = self._closing = self._stopped = True
         self._waiting = []
         if self.task is not None:
             self.task.cancel()
@@ -114,12 +115,13 @@ class Client(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The client does not read its replies."""
-        self._write_paused = True
+        self._write_paused = self._stopped = True
 
     def resume_writing(self) -> None:
         """The client has read its replies."""
         self._write_paused = False
-        if not self._running and self.task is None:
+        self._update_stop()
+        if not self._running and not self._stopped:
             self._process()
 
     def data_received(self, data: bytes) -> None:
@@ -133,7 +135,7 @@ class Client(asyncio.Protocol):
             self._waiting += requests
         else:
             self._waiting = requests
-        if self.task is None and not self._write_paused and not self._held:
+        if not self._stopped and not self._held:
             self._process()
             return
         self._waiting_bytes += len(data)
@@ -150,28 +152,33 @@ class Client(asyncio.Protocol):
         waiting = self._waiting
         out = self._out
         clock = time.perf_counter
+        n_waiting = len(waiting)
+        at = self._next
         self._running = True
         self._held = False
+        bound: Bound | None = None
         began = clock()
-        while self._next < len(waiting) and self.task is None and not self._write_paused and not self._closing:
-            request = waiting[self._next]
-            if server.gated and dispatch.is_held(self, request):
-                self._held = True
-                break
-            self._next += 1
+        while at < n_waiting and not self._stopped:
+            request = waiting[at]
             bound = commands.get(request[0])
-            if (
+            is_plain = not (
                 bound is None
                 or self.gated
                 or server.gated
                 or not bound.min_args <= len(request) <= bound.max_args
                 or bound.fn is None
-            ):
+            )
+            if not is_plain:
+                if server.gated and dispatch.is_held(self, request):
+                    self._held = True
+                    break
                 bound, encoded = dispatch.prepare(self, request)
-                if bound is None:
-                    self.add_reply(encoded)
-                    began = clock()
-                    continue
+            at += 1
+            if bound is None:
+                self.add_reply(encoded)
+                self._mute_last()
+                began = clock()
+                continue
             try:
                 reply: Any = bound.fn(self, request[bound.n_names :])  # type: ignore[misc]
                 kind = type(reply)
@@ -179,8 +186,10 @@ class Client(asyncio.Protocol):
                     encoded = b"$%d\r\n%b\r\n" % (len(reply), reply)
                 elif kind is Encoded:
                     encoded = reply.data
+                elif kind is int:
+                    encoded = b":%d\r\n" % reply
                 elif inspect.isawaitable(reply):
-                    self.task = server.loop.create_task(self._finish(bound, request, reply, began))
+                    self._run_task(self._finish(bound, reply, began))
                     break
                 else:
                     encoded = encode(reply, self.resp)
@@ -190,25 +199,42 @@ class Client(asyncio.Protocol):
             took = ended - began
             began = ended
             bound.calls += 1
-            bound.usec += took * 1e6
+            bound.seconds += took
             if took >= server.slow_seconds:
                 server.note_slow(self, request, took)
             if server.durable_writes and bound.is_write:
                 self._pending_writes.append(len(out))
-            self.last_bound = bound
             out.append(encoded)
             self._out_bytes += len(encoded)
-            if self.gated:
+            if not is_plain:
+                self.last_bound = bound
                 self._mute_last()
             if self._out_bytes > _BATCH_BYTES:
                 self.flush()
+        else:
+            if at:
+                self.last_bound = bound or self.last_bound
+        self._next = at
         self._running = False
         if self.task is None:
             self._settle()
 
+    def _run_task(self, work: Coroutine[Any, Any, None]) -> None:
+        self.task = self.server.loop.create_task(work)
+        self._update_stop()
+
+    def _task_done(self) -> None:
+        self.task = None
+        self._update_stop()
+        self._process()
+
+    def _update_stop(self) -> None:
+        """No request may be started while one is a task, replies wait to be read, or the connection closes."""
+        self._stopped = self.task is not None or self._write_paused or self._closing
+
     def go_on(self) -> None:
         """Try again after CLIENT PAUSE."""
-        if self._held and self.task is None and not self._write_paused:
+        if self._held and not self._stopped:
             self._process()
 
     def _settle(self) -> None:
@@ -228,7 +254,7 @@ class Client(asyncio.Protocol):
             self._read_paused = False
             self.transport.resume_reading()
 
-    async def _finish(self, bound: Bound, request: Request, work: Awaitable[Reply], began: float) -> None:
+    async def _finish(self, bound: Bound, work: Awaitable[Reply], began: float) -> None:
         """Run a handler's coroutine, reply, and go on with the waiting requests."""
         try:
             if self._pending_writes:
@@ -239,28 +265,24 @@ class Client(asyncio.Protocol):
                 encoded = encode(await work, self.resp)
             except Exception as error:
                 encoded = dispatch.error_reply(self, bound, error)
-            took = time.perf_counter() - began
             bound.calls += 1
-            bound.usec += took * 1e6
+            bound.seconds += time.perf_counter() - began
             self.add_reply(encoded)
-            if self.gated:
-                self._mute_last()
+            self._mute_last()
             self.send_now()
-        finally:
+        except asyncio.CancelledError:
             if inspect.iscoroutine(work):
                 work.close()
             self.task = None
+            raise
         self.last_used = self.server.now
-        self._process()
+        self._task_done()
 
     async def _hold(self) -> None:
         """Send the replies of a batch once its writes are durable, then go on."""
-        try:
-            await self._make_durable()
-            self.send_now()
-        finally:
-            self.task = None
-        self._process()
+        await self._make_durable()
+        self.send_now()
+        self._task_done()
 
     async def _make_durable(self) -> None:
         writes, self._pending_writes = self._pending_writes, []
@@ -273,6 +295,8 @@ class Client(asyncio.Protocol):
 
     def _mute_last(self) -> None:
         """CLIENT REPLY OFF and SKIP: drop the reply just made."""
+        if not self._out:
+            return
         if not self.replies:
             self._out.pop()
         elif self.skip_replies == 1:
@@ -295,7 +319,7 @@ class Client(asyncio.Protocol):
         if not self._pending_writes:
             self.send_now()
         elif self.task is None:
-            self.task = self.server.loop.create_task(self._hold())
+            self._run_task(self._hold())
 
     def send_now(self) -> None:
         """Hand everything gathered to the transport."""
@@ -342,7 +366,7 @@ class Client(asyncio.Protocol):
         """Close after what is gathered has been sent."""
         if self._closing or self.transport is None:
             return
-        self._closing = True
+        self._closing = self._stopped = True
         self.send_now()
         self.transport.close()
 
@@ -352,7 +376,7 @@ class Client(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close now; what waits is dropped."""
-        self._closing = True
+        self._closing = self._stopped = True
         if self.transport is not None:
             self.transport.abort()
 

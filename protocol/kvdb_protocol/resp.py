@@ -243,6 +243,8 @@ def _parse_batch(data: bytes) -> tuple[list[Request], bytes]:
     try:
         while (request := gets()) is not _INCOMPLETE:
             requests.append(request)
+        if len(requests) > 1 and _is_exactly(requests, data):
+            return requests, b""
         packed = b"".join([_pack(tuple(request)) for request in requests])
     except (TypeError, hiredis.HiredisError, MemoryError):
         shared.reset()
@@ -253,6 +255,24 @@ def _parse_batch(data: bytes) -> tuple[list[Request], bytes]:
     if data.startswith(packed):
         return [request for request in requests if request], data[len(packed) :]
     return [], data
+
+
+def _is_exactly(requests: list[Request], data: bytes) -> bool:
+    """Whether `data` is the encoding of these requests. False may also mean: not of one arity, or a value holds CRLF.
+
+    Cheaper than encoding again. Cut at every CRLF, well-formed requests of k arguments give 2k + 1 pieces each, every
+    second one an argument. If all arguments are found there, none holds a CRLF; then that many pieces can only come
+    from one CRLF behind each header and each bulk string.
+    """
+    pieces = data.split(b"\r\n")
+    step = 2 * len(requests[0]) + 1
+    if len(pieces) != len(requests) * step + 1 or pieces[-1]:
+        return False
+    try:
+        columns = list(zip(*requests, strict=True))
+    except ValueError:
+        return False
+    return all(tuple(pieces[2 + 2 * at :: step]) == column for at, column in enumerate(columns))
 
 
 def _strict_int(digits: bytearray) -> int | None:
@@ -380,8 +400,7 @@ Reply = (
     | Encoded
     | NilArray
     | Sequence["Reply"]
-    | Mapping[str, "Reply"]
-    | Mapping[bytes, "Reply"]
+    | Mapping[Any, "Reply"]  # keys are bytes or str; with both in the union mypy infers neither
     | AbstractSet[bytes]
 )
 
