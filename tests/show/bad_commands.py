@@ -19,6 +19,9 @@ from kvdb_tools.cli.connection import Connection, Target
 from kvdb_tools.cli.reply import ErrorReply, Status
 from kvdb_tools.daemon import Caller, Daemon, as_int
 
+# A model that is not served when the bad commands come.
+FOREIGN = "synthetic:dsv4-nano"
+KEYS = ["foreign", "live", "other", "snap", "stranger", "text"]
 CLOSED = "(closed)"
 LATER = "(waits)"
 
@@ -77,6 +80,8 @@ def table_of_bad_commands(context: int, vocab: int) -> list[Bad]:
         bad("WRONGTYPE", "GET", "snap"),
         bad("WRONGTYPE", "SNAPINFO", "live"),
         bad("WRONGTYPE", "RESTORE", "snap", "text", "REPLACE"),
+        bad("WRONGMODEL", "RESTORE", "foreign", "s2"),
+        bad("WRONGMODEL", "FORK", "foreign", "s2"),
         bad("BUSYKEY", "RESTORE", "snap", "live"),
         bad("BUSYKEY", "FORK", "snap", "live"),
         bad("ERR the same destination", "FORK", "snap", "b", "b"),
@@ -185,7 +190,13 @@ def main(quick: bool, model: str) -> None:
     table.add_column("sent", overflow="fold")
     table.add_column("answer", overflow="fold")
     n_wrong = 0
-    with tempfile.TemporaryDirectory() as scratch, Daemon(Path(scratch) / "data", {"model": model}) as daemon:
+    with tempfile.TemporaryDirectory() as scratch, Daemon(Path(scratch) / "data", {"model": FOREIGN}) as daemon:
+        with Connection(daemon.target) as connection:
+            Caller(connection)("PREFILL", "f", "TOKENS", 3, 1, 2, 3)
+            Caller(connection)("SNAPSHOT", "f", "foreign")
+            Caller(connection)("DEL", "f")
+        daemon.options["model"] = model
+        daemon.restart()
         with Connection(daemon.target) as connection:
             call = Caller(connection)
             facts = next(m for m in call.list("ENGINE", "MODELS") if isinstance(m, dict))

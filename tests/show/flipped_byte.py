@@ -73,7 +73,7 @@ def main(quick: bool, seed: int, model: str) -> None:
                     reply = connection.call("RESTORE", "snap:hurt", "a", "REPLACE")
                     other = connection.call("RESTORE", "snap:other", "b", "REPLACE")
                 answer = reply.text if isinstance(reply, ErrorReply) else "restored"
-                fine = answer.startswith("CORRUPT") and record.id16.hex()[:12] in answer
+                fine = answer.startswith("CORRUPT") and record.path.name in answer and str(record.offset) in answer
                 fine = fine and not isinstance(other, ErrorReply) and check.returncode == 1 and named
                 good = good and fine
                 other_text = other.text if isinstance(other, ErrorReply) else "restored"

@@ -157,10 +157,10 @@ def sample(stage: Stage) -> None:
     """A hundred next tokens from the stored logits."""
     options = ("COUNT", DRAWS, "TEMPERATURE", 1, "MINP", 0, "SEED", 1)
     began = time.perf_counter()
-    draws = stage.call.list("SAMPLE", "book:0", *options)
+    draws = stage.call.list("SAMPLE", LAST_STEP, *options)
     seconds = time.perf_counter() - began
     stage.report.acts.append(Act(f"SAMPLE {DRAWS} next tokens", seconds, 0, recomputed=0, prefills=1))
-    logprobs = log_probabilities(np.frombuffer(stage.call.data("LOGITS", "book:0", "RAW"), "<f4"))
+    logprobs = log_probabilities(np.frombuffer(stage.call.data("LOGITS", LAST_STEP, "RAW"), "<f4"))
     found = [(as_int(draw["id"]), draw["logprob"]) for draw in draws if isinstance(draw, dict)]
     are_right = all(isinstance(p, float) and abs(p - logprobs[token]) < 1e-6 for token, p in found)
     n_different = len({token for token, _ in found})
