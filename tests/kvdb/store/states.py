@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,11 +117,12 @@ async def write_snapshot(
     missing = [page for page, ids_there in zip(pages, known, strict=True) if page.id not in ids_there]
     to_write = [*missing, tail]
     reservation = await store.reserve(writer, sum(record_bytes(len(record.payload)) for record in to_write))
-    fd = os.open(reservation.path, os.O_RDWR)
+    files = store._files  # the worker has its own calls; here they go through the seam so that faults reach them
+    fd = files.open(reservation.path, write=True)
     written, offset = [], reservation.offset
     try:
         for record in to_write:
-            os.pwrite(fd, record.data, offset)
+            files.write(fd, record.data, offset)
             written.append(
                 WrittenRecord(
                     record.type,
@@ -137,7 +137,7 @@ async def write_snapshot(
             )
             offset += len(record.data)
     finally:
-        os.close(fd)
+        files.close(fd)
     return NewSnapshot(
         id=tail.id,
         fingerprint=model.fingerprint,
