@@ -149,7 +149,7 @@ def read_sampling(args: Arguments, word: bytes, fields: dict[str, Any]) -> bool:
         case b"TOPK":
             fields["top_k"] = args.integer("TOPK", 0, 1 << 31)
         case b"TOPP":
-            fields["top_p"] = args.number("TOPP", 0, 1)
+            fields["top_p"] = args.number("TOPP", 1e-9, 1)
         case b"MINP":
             fields["min_p"] = args.number("MINP", 0, 1)
         case b"SEED":
