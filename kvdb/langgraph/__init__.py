@@ -313,11 +313,11 @@ class KVDBSaver(BaseCheckpointSaver[str]):
         name, levels = self._enter(config)
         try:
             deadline = time.monotonic() + STATE_TIMEOUT_S
-            while not (found := self._run(partial(steps.state_of, self.keys, levels[-1])))[0]:
+            while not (found := self._run(partial(steps.nearest_state, self.keys, levels)))[0]:
                 _check_deadline(deadline)
                 time.sleep(_POLL_S)
-            if found[1]:
-                self._sync.restore(self.keys.state(levels[-1]), name, replace=True)
+            if found[1] is not None:
+                self._sync.restore(found[1], name, replace=True)
             else:
                 self._sync.delete(name)
             session = Session(self._sync, name)
@@ -347,11 +347,11 @@ class KVDBSaver(BaseCheckpointSaver[str]):
         name, levels = self._enter(config)
         try:
             deadline = time.monotonic() + STATE_TIMEOUT_S
-            while not (found := await self._arun(partial(steps.state_of, self.keys, levels[-1])))[0]:
+            while not (found := await self._arun(partial(steps.nearest_state, self.keys, levels)))[0]:
                 _check_deadline(deadline)
                 await asyncio.sleep(_POLL_S)
-            if found[1]:
-                await client.restore(self.keys.state(levels[-1]), name, replace=True)
+            if found[1] is not None:
+                await client.restore(found[1], name, replace=True)
             else:
                 await client.delete(name)
             yield AsyncSession(client, name)

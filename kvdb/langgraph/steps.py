@@ -403,6 +403,21 @@ def state_of(keys: Keys, place: Place) -> Steps[tuple[bool, str | None]]:
     return kind is not None, state.decode() if state is not None else None
 
 
+def nearest_state(keys: Keys, levels: Sequence[Place]) -> Steps[tuple[bool, str | None]]:
+    """(whether the question can be answered yet, key of the state a step begins with or None).
+
+    levels: the checkpoints the step runs from, the outermost graph's first. A subgraph that has no state of its own yet
+    begins with that of the step of the graph around it.
+    """
+    found = yield [("HMGET", keys.checkpoint(place), "type", "state") for place in levels]
+    for place, (kind, state) in reversed(list(zip(levels, found, strict=True))):
+        if kind is None:
+            return False, None
+        if state is not None:
+            return True, keys.state(place)
+    return True, None
+
+
 def parent_place(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Place | None:
     """The checkpoint a new one follows; the first one of a subgraph follows the step of its parent graph."""
     found = config["configurable"]
