@@ -37,13 +37,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def config() -> ModelConfig:
-    return from_hf(CONFIG)
-
-
-def weights(seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 weights under official names; every value is exact in bf16."""
-    c, rng = config(), np.random.default_rng(seed)
+def weights(seed: int = 0, config: ModelConfig | None = None) -> dict[str, np.ndarray]:
+    """Random float32 weights under official names; every value is exact in bf16. The same in every version of numpy."""
+    c, rng = config or from_hf(CONFIG), _Uniform(seed)
 
     def exact(values: np.ndarray) -> np.ndarray:
         return (values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
@@ -99,6 +95,19 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
                 found[f"{f}{expert}.{part}.weight"] = matrix(c.expert_width, c.hidden)
             found[f"{f}{expert}.w2.weight"] = matrix(c.hidden, c.expert_width)
     return found
+
+
+class _Uniform:
+    """Random numbers of mean 0 and variance 1, and in [0, 1), from the plainest stream that numpy has."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.Generator(np.random.PCG64(seed))
+
+    def random(self, shape: int | tuple[int, ...]) -> np.ndarray:
+        return self._rng.random(shape)
+
+    def standard_normal(self, shape: int | tuple[int, ...]) -> np.ndarray:
+        return (self._rng.random(shape) - 0.5) * 12**0.5
 
 
 Stored = dict[str, tuple[str, tuple[int, ...], bytes]]
