@@ -9,7 +9,7 @@ The worker knows sessions only by their uid. It decides nothing about durability
 range the daemon reserved, the daemon syncs and commits. When the socket closes, the process ends.
 
 Requests (op: fields -> fields of `done`)
-    open: sid, source (sid or None), places ([path, offset, bytes] or None)  -> tokens, bytes_read
+    open: sid, source (sid or None), places ([path, offset, bytes, id] or None) -> tokens, bytes_read
     extend: sid, ids (u32 bytes); events progress(done, total)                -> tokens
     generate: sid, max_tokens, sampling, stop ([bytes]), stop_ids; events token(id) -> tokens, finish
     write: sid, path, offset, have, known ([[page id]], from page `have`)
@@ -21,6 +21,7 @@ Every `done` carries `bytes`, the memory of all live states, and `ms`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -36,14 +37,18 @@ import numpy as np
 from kvdb_engine.catalog import ModelInfo
 from kvdb_engine.interface import EngineLike, LiveState
 from kvdb_engine.sampling import Sampling, sample
-from kvdb_protocol.errors import FormatError
+from kvdb_engine.state_reader import BadRecordError, Place, StateReader
 from kvdb_protocol.frames import FrameReader, Message, encode_frame
 from kvdb_protocol.ids import NO_PAGE, Buffer, content_id
-from kvdb_protocol.page import Page, decode_page, encode_page
-from kvdb_protocol.record import RecordType, decode_record, encode_header, padding, record_bytes
-from kvdb_protocol.tail import Tail, decode_tail, encode_tail, tail_header
+from kvdb_protocol.page import Page, encode_page
+from kvdb_protocol.record import RecordType, encode_header, padding, record_bytes
+from kvdb_protocol.tail import Tail, encode_tail, tail_header
 
 Task = Generator[None, None, Message]
+
+
+class DaemonGoneError(Exception):
+    """The other end of the socket is closed: nobody waits for anything any more."""
 
 
 class RequestError(Exception):
@@ -76,12 +81,20 @@ class Worker:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until the daemon closes the socket."""
+        """Serve until the daemon closes the socket, or is killed."""
+        with contextlib.suppress(DaemonGoneError):
+            self.serve()
+
+    def serve(self) -> None:
+        """The loop: take new requests, run the next one up to its border."""
         while True:
             # With work at hand only look for new requests; without, sleep until one comes.
             ready, _, _ = select.select([self.sock], [], [], 0 if self.tasks else None)
             if ready:
-                data = self.sock.recv(1 << 20)
+                try:
+                    data = self.sock.recv(1 << 20)
+                except ConnectionError:
+                    return
                 if not data:
                     return
                 for message in self.reader.feed(data):
@@ -104,6 +117,8 @@ class Worker:
             next(task)
         except StopIteration as stop:
             self.finish(request, stop.value, began)
+        except DaemonGoneError:
+            raise
         except RequestError as error:
             self.send({"id": request, "ev": "error", "word": error.word, "message": str(error)})
         except OSError as error:
@@ -132,7 +147,10 @@ class Worker:
 
     def send(self, message: Message) -> None:
         """Write one frame; blocks when the daemon does not read, which is the back-pressure we want."""
-        self.sock.sendall(encode_frame(message))
+        try:
+            self.sock.sendall(encode_frame(message))
+        except ConnectionError as error:
+            raise DaemonGoneError from error
 
     def live(self, message: Message) -> Live:
         """The session a request names."""
@@ -146,7 +164,7 @@ class Worker:
     def op_open(self, message: Message) -> Task:
         """Make a session: empty, a copy of a live one, or read from records (pages in order, then the tail)."""
         yield from ()
-        places: Sequence[tuple[str, int, int]] | None = message["places"]
+        places: Sequence[Place] | None = message["places"]
         n_read = 0
         if message["source"] is not None:
             origin = self.sessions.get(message["source"])
@@ -160,38 +178,17 @@ class Worker:
         self.sessions[message["sid"]] = live
         return {"tokens": live.state.n_tokens, "bytes_read": n_read}
 
-    def read_state(self, places: Sequence[tuple[str, int, int]]) -> tuple[Live, int]:
+    def read_state(self, places: Sequence[Place]) -> tuple[Live, int]:
         """Read and check every record of a snapshot and build its live state."""
-        layout = self.info.layout
-        pages: list[Page] = []
-        page_ids: list[bytes] = []
-        parent = NO_PAGE
-        n_read = 0
-        for number, (path, offset, size) in enumerate(places):
-            is_tail = number == len(places) - 1
-            name = f"{'tail' if is_tail else f'page {number}'} ({os.path.basename(path)} offset {offset})"  # noqa: PTH119
-            try:
-                data = read_range(path, offset, size)
-                n_read += len(data)
-                header, payload = decode_record(data)
-                if header.type is not (RecordType.TAIL if is_tail else RecordType.PAGE):
-                    raise FormatError(f"record holds a {header.type.name.lower()}")
-                if is_tail:
-                    tail = decode_tail(layout, payload)
-                    if tail.leaf != parent:
-                        raise FormatError("tail names another leaf page")
-                else:
-                    page = decode_page(layout, payload)
-                    if page.parent != parent:
-                        raise FormatError("page names another parent")
-                    parent = content_id([payload])
-                    pages.append(page)
-                    page_ids.append(parent)
-            except (FormatError, OSError) as error:
-                raise RequestError("CORRUPT", f"{name}: {error}") from error
-        if tail.fingerprint != self.info.fingerprint:
-            page_ids = []  # another quantisation's pages: the next write packs them again under this model's name
-        return Live(self.engine.load(pages, tail), page_ids), n_read
+        try:
+            with StateReader(self.info.layout, places) as reader:
+                tail = reader.tail()
+                state = self.engine.load(reader.pages(), tail)
+        except BadRecordError as error:
+            raise RequestError("CORRUPT", str(error)) from error
+        # Another quantisation's pages: the next write packs them again under this model's name.
+        page_ids = reader.page_ids if tail.fingerprint == self.info.fingerprint else []
+        return Live(state, page_ids), reader.n_read
 
     def op_extend(self, message: Message) -> Task:
         """Append given tokens."""
@@ -316,23 +313,6 @@ class Worker:
         if state.n_tokens == 0:
             raise RequestError("ERR", "the session is empty: there is nothing to continue")
         return np.frombuffer(self.engine.logits(state), dtype="<f4")
-
-
-def read_range(path: str, offset: int, size: int) -> bytearray:
-    """Read `size` bytes at `offset`; a short file gives fewer, which the record decoder reports."""
-    data = bytearray(size)
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-        file.seek(offset)
-        view = memoryview(data)
-        got = 0
-        while got < size:
-            n = file.readinto(view[got:])
-            if not n:
-                break
-            got += n
-        view.release()
-    del data[got:]
-    return data
 
 
 def write_record(handle: int, offset: int, kind: RecordType, record_id: bytes, payload: Sequence[Buffer]) -> int:
