@@ -25,6 +25,7 @@ _HANDLER_MODULES = (
     "info",
     "objects",
     "latency",
+    "acl",
     "state",
     "engine",
     "store",

@@ -50,8 +50,8 @@ class Bound:
         "min_args",
         "n_names",
         "rejected_calls",
-        "subcommands",
         "seconds",
+        "subcommands",
         "waits",
     )
 

@@ -14,6 +14,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from kvdb import acl_file
 from kvdb.acl import Acl
 from kvdb.commands import all_commands
 from kvdb.config import Config
@@ -99,7 +100,7 @@ class Server:
         self.latency_seconds = threshold_ms / 1000 if threshold_ms else float("inf")
         self.slow_seconds = min(self.slow_log_seconds, self.latency_seconds)
         self.observers.configure(config)
-        if not names or "requirepass" in names:
+        if "requirepass" in names or (not names and config.text("requirepass")):
             self.acl.set_default_password(config.text("requirepass"))
         for client in self.clients.values():
             client.parser.max_bulk_bytes = config.number("proto-max-bulk-len")
@@ -109,6 +110,8 @@ class Server:
     async def start(self) -> None:
         """Open the data directory, listen, and begin the background rounds."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        if self.config.text("aclfile"):
+            self.acl.replace_all(acl_file.load(Path(self.config.text("aclfile")).expanduser()))
         await self.backend.open(self)
         backend = self.backend
         self.store, self.keyspace = backend.store, backend.keyspace
@@ -197,6 +200,16 @@ class Server:
         if sock is not None and client.listener != "unix":
             listeners.tune(sock, self.config.number("tcp-keepalive"))
         return None
+
+    def refresh_users(self) -> None:
+        """Users have changed: connections of users that are gone are closed, the others see their new rights."""
+        for client in list(self.clients.values()):
+            user = self.acl.users.get(client.user.name)
+            if user is None:
+                client.close_after_reply()
+                continue
+            client.user = user
+            client.update_gate()
 
     def forget(self, client: Client) -> None:
         """A connection is gone."""

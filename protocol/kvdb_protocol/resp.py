@@ -266,7 +266,7 @@ def _is_exactly(requests: list[Request], data: bytes) -> bool:
     """
     pieces = data.split(b"\r\n")
     step = 2 * len(requests[0]) + 1
-    if len(pieces) != len(requests) * step + 1 or pieces[-1]:
+    if not requests[0] or len(pieces) != len(requests) * step + 1 or pieces[-1]:
         return False
     try:
         columns = list(zip(*requests, strict=True))
