@@ -465,6 +465,8 @@ def _apply(txn: Txn, work: Work, layer: _Layer) -> None:
         for key, entry in entries.items():
             write_entry(txn, work, db, key, entry)
     for uid, changes in layer.journal.items():
+        if txn.get(Table.SESSIONS, uid) is None:
+            continue  # the session came and went between two commits: no key names its journal
         for change in changes:
             if change.drop:
                 drop_journal(txn, uid, change.position)

@@ -120,6 +120,7 @@ async def test_changes_during_a_round_win(keys: Keyspace) -> None:
 async def test_a_failed_round_loses_nothing_and_says_so(store: Store, keys: Keyspace, files: FailingCommits) -> None:
     keys.put(0, b"a", string(b"1"))
     keys.put(0, b"b", string(b"1"))
+    keys.put(1, b"s", Entry(EntryType.SESSION, 0, SessionValue(b"u" * 16, FINGERPRINT)))
     keys.journal_append(b"u" * 16, 0, pack_ids([1, 2]))
     files.errno = 28
     with pytest.raises(NoSpaceError):
@@ -261,6 +262,7 @@ async def test_rename(keys: Keyspace) -> None:
 
 async def test_journal(keys: Keyspace) -> None:
     uid = b"u" * 16
+    keys.put(0, b"s", Entry(EntryType.SESSION, 0, SessionValue(uid, FINGERPRINT)))
     assert keys.journal_read(uid) == (0, b"")
     steps = [
         (lambda: keys.journal_append(uid, 5, pack_ids([5, 6, 7])), 5, [5, 6, 7]),
@@ -288,6 +290,16 @@ async def test_a_gap_in_a_journal_is_an_error(keys: Keyspace) -> None:
     keys.journal_append(b"u" * 16, 2, pack_ids([1]))
     with pytest.raises(KvdbError, match="gap before position 2"):
         keys.journal_read(b"u" * 16)
+
+
+async def test_a_session_replaced_before_a_commit_leaves_no_journal(keys: Keyspace) -> None:
+    first, second = b"u" * 16, b"v" * 16
+    for uid in (first, second):
+        keys.put(0, b"s", Entry(EntryType.SESSION, 0, SessionValue(uid, FINGERPRINT)))
+        keys.journal_append(uid, 0, pack_ids([1, 2]))
+    await keys.flush()
+    assert keys.journal_read(first) == (0, b"")
+    assert keys.journal_read(second) == (0, pack_ids([1, 2]))
 
 
 async def test_the_journal_goes_with_its_session(store: Store, keys: Keyspace) -> None:
