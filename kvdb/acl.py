@@ -1,7 +1,7 @@
 """Users: who may run which command, on which keys, and listen to which channels. Rules are those of Redis 7.
 
-A user is changed by applying rules to a copy, which then replaces it: a bad rule changes nothing. What a user may run is
-a set of command names, made when the user changes. Invariant: passwords are only ever kept as SHA-256.
+A user is changed by applying rules to a copy, which then replaces it: a bad rule changes nothing. What a user may run
+is a set of command names, made when the user changes. Invariant: passwords are only ever kept as SHA-256.
 """
 
 from __future__ import annotations

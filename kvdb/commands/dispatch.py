@@ -20,12 +20,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvdb.commands")
 
 _QUOTED_BYTES = 128
+_HTTP_WORDS = frozenset({b"POST", b"HOST:"})
 _SUBSCRIBER_COMMANDS = frozenset({"SUBSCRIBE", "PSUBSCRIBE", "UNSUBSCRIBE", "PUNSUBSCRIBE", "PING", "QUIT", "RESET"})
 _UNQUEUED_COMMANDS = frozenset({"EXEC", "DISCARD", "MULTI", "WATCH", "QUIT", "RESET"})
 
 
 def prepare(client: Client, request: Request) -> tuple[Bound | None, bytes]:
     """The command to run now, or None and the reply to send instead."""
+    if request[0].upper() in _HTTP_WORDS:
+        # A web page can make a browser send this to a local port: the lines behind it would be run as commands.
+        log.warning("client %s speaks HTTP: possibly a cross-protocol attack; closed", client.peer)
+        client.close()
+        return None, b""
     try:
         bound = find(client.server.commands, request)
         if not bound.min_args <= len(request) <= bound.max_args:

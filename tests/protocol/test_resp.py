@@ -1,7 +1,9 @@
-# ruff: noqa: E501
+# ruff: noqa: E501, RUF005
 """The request parser against its invariant and Redis' limits; the reply encoder against hiredis."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import hiredis
 import pytest
@@ -60,7 +62,7 @@ def test_pieces_do_not_matter(data: bytes, draw: st.DataObject) -> None:
     assert outcome(bytewise(data)) == whole
     cuts = sorted(draw.draw(st.lists(st.integers(0, len(data)), max_size=4)))
     edges = [0, *cuts, len(data)]
-    assert outcome([data[a:b] for a, b in zip(edges, edges[1:], strict=False)]) == whole
+    assert outcome([data[a:b] for a, b in pairwise(edges)]) == whole
 
 
 @settings(max_examples=500, deadline=None)
