@@ -189,7 +189,7 @@ class Sessions:
         else:
             with self.store.hold(session.base):
                 places = self.store.plan(session.base)
-                wire = [(str(place.path), place.offset, place.record_bytes) for place in places]
+                wire = [(str(place.path), place.offset, place.record_bytes, place.id) for place in places]
                 await client.call("open", sid=session.uid, source=None, places=wire)
         generation = client.generation
         missing = session.ids[session.base_tokens :]

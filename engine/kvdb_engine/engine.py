@@ -7,7 +7,7 @@ as a whole after each chunk or step: if the caller stops in between, it is valid
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -101,7 +101,7 @@ class Engine:
         """The packed sections of the tail, in the order of layout.tail_sections."""
         return state_records.tail_sections(state)
 
-    def load(self, pages: Sequence[Page], tail: Tail) -> State:
+    def load(self, pages: Iterable[Page], tail: Tail) -> State:
         """A live state from a snapshot's records. Raises StateError."""
         return state_records.state_from_records(self.info, pages, tail, self.ops)
 

@@ -5,7 +5,7 @@ A state is mutable and belongs to one session; `clone` is O(1) and gives an inde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -60,8 +60,8 @@ class EngineLike(Protocol[S]):
     def tail_sections(self, state: S) -> Sequence[PackedSection]:
         """The packed sections of the tail, in the order of layout.tail_sections."""
 
-    def load(self, pages: Sequence[Page], tail: Tail) -> S:
-        """The state whose records these are."""
+    def load(self, pages: Iterable[Page], tail: Tail) -> S:
+        """The state whose records these are. A page's views are valid only until the next page is taken."""
 
     def stats(self) -> dict[str, Any]:
         """What it runs on, for ENGINE STATUS."""

@@ -7,7 +7,7 @@ written as kv = 0 and score = -1e30 and ignored when read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -65,11 +65,12 @@ def logits_bytes(state: State) -> bytes:
     return state.logits.astype("<f4").tobytes()
 
 
-def state_from_records(info: ModelInfo, pages: Sequence[Page], tail: Tail, ops: Ops | None = None) -> State:
+def state_from_records(info: ModelInfo, pages: Iterable[Page], tail: Tail, ops: Ops | None = None) -> State:
     """Rebuild a live state.
 
-    pages: all full pages in order, decoded with info.layout; tail: the snapshot's tail. The caller has checked their
-    checksums and their chain. ops: back end that will run the state; None takes the process's own.
+    pages: all full pages in order, decoded with info.layout, taken one by one: only what is unpacked from a page is
+    kept. tail: the snapshot's tail. The caller has checked their checksums and their chain. ops: back end that will
+    run the state; None takes the process's own.
     Raises StateError when counts or token ids do not fit the model.
     """
     layout = info.layout
@@ -77,24 +78,24 @@ def state_from_records(info: ModelInfo, pages: Sequence[Page], tail: Tail, ops: 
         raise StateError("the tail was written for another layout")
     if tail.n_tokens > layout.context:
         raise StateError(f"the state has {tail.n_tokens} tokens, the model's context is {layout.context}")
-    n_pages = layout.n_pages(tail.n_tokens)
-    if len(pages) != n_pages or tail.first != n_pages * layout.page_tokens:
-        raise StateError(f"{len(pages)} pages given, a state of {tail.n_tokens} tokens has {n_pages}")
+    # Rows of a stream: those of every page, then the tail's.
+    parts: dict[tuple[int, Part], list[F32]] = {}
+    id_runs = []
     for number, page in enumerate(pages):
         if page.first != number * layout.page_tokens or page.n_tokens != layout.page_tokens:
             raise StateError(f"page {number} starts at token {page.first}, not at {number * layout.page_tokens}")
-    # Rows of a stream: those of every page, then the tail's.
-    parts: dict[tuple[int, Part], list[F32]] = {}
-    for page in pages:
+        id_runs.append(bytes(page.ids))
         for stream, packed in zip(layout.streams, page.sections, strict=True):
             rows = unpack_section(stream, packed, layout.page_rows(stream), layout.rope_dim)
             parts.setdefault((stream.layer, stream.part), []).append(rows)
+    n_pages = layout.n_pages(tail.n_tokens)
+    if len(id_runs) != n_pages or tail.first != n_pages * layout.page_tokens:
+        raise StateError(f"{len(id_runs)} pages given, a state of {tail.n_tokens} tokens has {n_pages}")
     for section, packed in zip(layout.tail_sections, tail.sections, strict=True):
         rows = unpack_section(section, packed, layout.tail_rows(section, tail.n_tokens), layout.rope_dim)
         parts.setdefault((section.layer, section.part), []).append(rows)
     arrays = {key: rows[0] if len(rows) == 1 else np.concatenate(rows) for key, rows in parts.items()}
-    id_runs = [*(page.ids for page in pages), tail.ids]
-    ids = np.concatenate([np.frombuffer(run, "<u4") for run in id_runs])
+    ids = np.concatenate([np.frombuffer(run, "<u4") for run in (*id_runs, tail.ids)])
     return _assemble(info, ops or backend.select(), arrays, ids, np.frombuffer(tail.logits, "<f4"))
 
 

@@ -10,7 +10,7 @@ Invariant: whatever is packed for a prefix is the same bytes each time, on every
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,16 +157,17 @@ class SyntheticEngine:
         first = self.layout.n_pages(state.n_tokens) * self.layout.page_tokens
         return self._pack(state, self._tail_batches, first, state.n_tokens, len(self.layout.tail_sections))
 
-    def load(self, pages: Sequence[Page], tail: Tail) -> SyntheticState:
+    def load(self, pages: Iterable[Page], tail: Tail) -> SyntheticState:
         """The state of these records' token ids. Raises StateError when verify is on and a byte differs."""
         state = self.new_state()
-        ids = np.concatenate([np.frombuffer(data, "<u4") for data in (*(page.ids for page in pages), tail.ids)])
-        state.append(self._checked(state, ids))
+        for number, page in enumerate(pages):
+            state.append(self._checked(state, np.frombuffer(page.ids, "<u4")))
+            if self.info.verify:
+                self._compare(f"page {number}", self.layout.streams, page.sections, self.page_sections(state, number))
+        state.append(self._checked(state, np.frombuffer(tail.ids, "<u4")))
         if state.n_tokens != tail.n_tokens:
             raise StateError(f"the records hold {state.n_tokens} tokens, the tail says {tail.n_tokens}")
         if self.info.verify:
-            for number, page in enumerate(pages):
-                self._compare(f"page {number}", self.layout.streams, page.sections, self.page_sections(state, number))
             self._compare("tail", self.layout.tail_sections, tail.sections, self.tail_sections(state))
             if bytes(tail.logits) != self.logits(state):
                 raise StateError("tail: logits are not those of this prefix")

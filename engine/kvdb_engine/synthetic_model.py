@@ -162,21 +162,21 @@ class SyntheticTokenizer(Tokenizer):
         """n_tokens: size of the vocabulary."""
         self.specials = {text: token for token, text in enumerate(CONTROL_STRINGS)}
         self.n_tokens = n_tokens
-        self._control = [text.encode() for text in CONTROL_STRINGS]
-        self.bos, self.eos, self.user, self.assistant, self.think, self.think_end, self.dsml = range(_N_CONTROL)
-        self._split = re.compile(b"(" + b"|".join(map(re.escape, self._control)) + b")")
+        self._control = re.compile(f"({'|'.join(map(re.escape, CONTROL_STRINGS))})")
+        self._control_bytes = [text.encode() for text in CONTROL_STRINGS]
+        self.bos_id, self.eos_id, self.user, self.assistant, self.think, self.think_end, self.dsml = range(_N_CONTROL)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text: words that are one token's, else byte by byte."""
-        data = text.encode("utf-8", "surrogatepass")
         if not special:
-            return self._plain_ids(data)
+            return self._plain_ids(text)
         ids: list[int] = []
-        for number, piece in enumerate(self._split.split(data)):
-            ids += [self._control.index(piece)] if number % 2 else self._plain_ids(piece)
+        for piece, token in self.split_control(text):
+            ids += self._plain_ids(piece) if token is None else [token]
         return ids
 
-    def _plain_ids(self, data: bytes) -> list[int]:
+    def _plain_ids(self, text: str) -> list[int]:
+        data = text.encode("utf-8", "surrogatepass")
         ids: list[int] = []
         at = 0
         for found in _WORD.finditer(data):
@@ -195,7 +195,7 @@ class SyntheticTokenizer(Tokenizer):
         if not 0 <= token < self.n_tokens:
             return b""
         if token < _N_CONTROL:
-            return self._control[token]
+            return self._control_bytes[token]
         if token < _FIRST_WORD:
             return bytes((token - _N_CONTROL,))
         return b" " + bytes(_LETTERS[token >> shift & 15] for shift in (16, 12, 8, 4, 0))
