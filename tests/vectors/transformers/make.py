@@ -1,10 +1,11 @@
-"""Golden vectors from transformers' DeepseekV4ForCausalLM, an implementation of the architecture that nobody here wrote.
+"""Golden vectors from transformers' DeepseekV4ForCausalLM: an implementation of the architecture that nobody here wrote.
 
     PYTHONPATH=.:engine:protocol python tests/vectors/transformers/make.py    (torch and transformers installed)
 
 For each configuration below: random weights (tests/engine/checkpoints.py makes the same ones again, so they are not
-stored), 302 random tokens in one forward pass, and of that the logits of every position and what the cache holds. transformers does
-not round rows, so the engine's rounding is switched off when it is compared. Versions used: see versions.json.
+stored), 302 random tokens in one forward pass, and of that the logits of every position and what the cache holds.
+transformers does not round rows, so the engine's rounding is switched off when it is compared. Versions used: see
+versions.json.
 """
 
 from __future__ import annotations
