@@ -26,7 +26,13 @@ Reply = dict[str, Any]
 
 
 async def snapshot(
-    sessions: Sessions, db: int, name: bytes, key: bytes, make_entry: MakeEntry, guard: Callable[[], bool]
+    sessions: Sessions,
+    db: int,
+    name: bytes,
+    key: bytes,
+    make_entry: MakeEntry,
+    guard: Callable[[], bool],
+    reason: Reason = Reason.MANUAL,
 ) -> Reply | None:
     """Store the session's state under `key`; durable when this returns.
 
@@ -46,7 +52,7 @@ async def snapshot(
                 await sessions.keyspace.flush()
             done = CommittedSnapshot(session.base, 0, record.tail_bytes + record.chain_bytes, 0, True)
         else:
-            done = await _store(sessions, session, Reason.MANUAL, (db, key), make_entry)
+            done = await _store(sessions, session, reason, (db, key), make_entry)
         tokens = session.n_tokens
     return {
         "id": done.id.hex(),

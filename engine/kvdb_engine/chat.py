@@ -80,6 +80,15 @@ class Segment:
     is_control: bool
 
 
+class SampledBlock(str):
+    """A tool block exactly as the model sampled it. As `tool_calls` of a message it is taken as it is.
+
+    A type of its own, since it holds control strings: no JSON that a client sends can become one.
+    """
+
+    __slots__ = ()
+
+
 class _Prompt:
     """Collects segments."""
 
@@ -153,7 +162,9 @@ def render_chat(
                 prompt.control(THINK_END)
             prompt.content(_content(message, number))
             calls = message.get("tool_calls") or ()
-            if calls:
+            if isinstance(calls, SampledBlock):
+                prompt.control(calls)
+            elif calls:
                 for text, is_control in render_calls(_calls(calls, number)):
                     (prompt.control if is_control else prompt.content)(text)
             prompt.control(EOS)
