@@ -1,4 +1,4 @@
-"""LATENCY, SWAPDB, DEBUG."""
+"""LATENCY and DEBUG."""
 
 from __future__ import annotations
 

@@ -205,18 +205,6 @@ ROWS = (
         since="2.8.12",
     ),
     Command(
-        "SWAPDB",
-        "server",
-        3,
-        flags="write fast",
-        categories="keyspace dangerous",
-        syntax="index1 index2",
-        summary="Exchanges two databases",
-        complexity="O(N)",
-        since="4.0.0",
-    ),
-    Command("MONITOR", "server", 1, flags="admin noscript loading stale", summary="Shows every command as it is run"),
-    Command(
         "SLOWLOG",
         "server",
         -2,
