@@ -61,6 +61,7 @@ async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes
     _check_free(sessions, db, dests)
     if isinstance(found.value, SnapshotValue):
         with sessions.store.hold(found.value.id) as record:
+            sessions.model_of(record.fingerprint)  # a branch that no model can continue is refused here
             # One small record a branch: token ids are read when a branch is first used, not here.
             for dest in dests:
                 uid = secrets.token_bytes(16)

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def test_there_are_ten_lines() -> None:
 
 @pytest.mark.parametrize("program", ["redis-cli", "kvdb-cli"])
 def test_command_lines(daemon: Daemon, program: str) -> None:
-    path = shutil.which(program)
+    path = shutil.which(program) or shutil.which(program, path=sysconfig.get_path("scripts"))
     if path is None:
         pytest.skip(f"{program} is not installed")
     for words in session():

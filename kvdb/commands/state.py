@@ -382,8 +382,14 @@ async def prefix(client: Client, raw: list[bytes]) -> Reply:
 
 
 def key_of(client: Client, snapshot_id: bytes) -> bytes | None:
-    """A key of the client's database that names the snapshot."""
-    return next((key for db, key in client.server.store.keys_of(snapshot_id) if db == client.db), None)
+    """The oldest key of the client's database that holds the snapshot. A session whose base it is does not count."""
+    found = []
+    for db, key in client.server.store.keys_of(snapshot_id):
+        entry = client.server.keyspace.get(db, key) if db == client.db else None
+        # What is committed may be changed since: the keyspace decides.
+        if entry is not None and isinstance(entry.value, SnapshotValue) and entry.value.id == snapshot_id:
+            found.append((entry.value.created_ms, key))
+    return min(found)[1] if found else None
 
 
 def snapshot_map(client: Client, record: SnapshotRecord) -> dict[str, Reply]:
