@@ -204,6 +204,7 @@ ROWS = (
         summary="Role of the server: always master, without replicas",
         since="2.8.12",
     ),
+    Command("MONITOR", "server", 1, flags="admin noscript loading stale", summary="Shows every command as it is run"),
     Command(
         "SLOWLOG",
         "server",
