@@ -1,4 +1,4 @@
-"""Golden vectors from transformers' DeepseekV4ForCausalLM: an implementation of the architecture that nobody here wrote.
+"""Golden vectors from transformers' DeepseekV4ForCausalLM: an implementation that nobody here wrote.
 
     PYTHONPATH=.:engine:protocol python tests/vectors/transformers/make.py    (torch and transformers installed)
 
