@@ -87,6 +87,9 @@ class Committer:
         self._running: asyncio.Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "kvdb-commit")
         self.rounds = 0
+        with index.read() as txn:
+            rows = txn.segments().values()
+        self.live_bytes = sum(row.live for row in rows)
         self.error: KvdbError | None = None  # of the last round, for MISCONF; None once a round succeeds
 
     def attach(self, overlay: Overlay) -> None:
@@ -136,6 +139,7 @@ class Committer:
             this.error = as_kvdb_error(bug, "commit")
         self.rounds += 1
         self.error = this.error
+        self.live_bytes += sum(this.work.live_delta.values())
         self._refresh()
         self._holds.end_round()
         if this.overlay is not None and self._overlay is not None:

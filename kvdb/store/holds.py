@@ -47,6 +47,11 @@ class Holds:
         with self._lock:
             return snapshot_id in self._readers
 
+    def held(self) -> frozenset[bytes]:
+        """Every snapshot that someone reads now."""
+        with self._lock:
+            return frozenset(self._readers)
+
     def doom(self, snapshot_id: bytes) -> bool:
         """Whether the commit thread may free it now; if not, its last release will say so."""
         with self._lock:

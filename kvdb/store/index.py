@@ -44,6 +44,7 @@ class Table(IntEnum):
     JOURNAL = 12  # session uid, u64 first position -> u32 little-endian token ids
     PENDING = 13  # id of an unreferenced snapshot that was being read -> nothing
     SESSIONS = 14  # session uid -> [db, key]
+    USES = 15  # snapshot id -> [decayed hits, Unix ms of the last use]
 
 
 _U16 = struct.Struct(">H")

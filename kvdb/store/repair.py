@@ -102,6 +102,7 @@ def _rebuild(txn: Txn, contents: Contents, said: list[str]) -> None:
     tables = derived_rows(contents)
     keys = key_rows(txn, contents)
     tables |= {Table.EXPIRES: keys.expires, Table.NAMES: keys.names, Table.SESSIONS: keys.sessions, Table.PENDING: {}}
+    tables[Table.USES] = {key: value for key, value in txn.scan(Table.USES) if key in contents.snapshots}
     for table, rows in tables.items():
         _replace(txn, table, rows, said)
     for db in range(DATABASES):

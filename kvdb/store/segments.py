@@ -61,6 +61,8 @@ class Segments:
         self._abandoned: set[int] = set()
         self._due: Counter[int] = Counter()  # submitted and not yet resolved commits, by segment
         self._retired: set[int] = set()
+        self._can_punch = True
+        self._n_files = 0
 
     def path(self, segment_id: int) -> Path:
         """Where a segment lies."""
@@ -80,6 +82,7 @@ class Segments:
         problems = [f"segment {name} is missing" for name in sorted(known - set(found))]
         ids = [int(name.removesuffix(".seg")) for name in found if name.removesuffix(".seg").isdigit()]
         self._next_id = max([next_id, *(segment_id + 1 for segment_id in (*rows, *ids))])
+        self._n_files = len(rows)
         for segment_id, row in rows.items():
             if segment_name(segment_id) in found:
                 problems += self._recover_one(segment_id, row, live.get(segment_id))
@@ -120,6 +123,7 @@ class Segments:
             segment_id, self._next_id = self._next_id, self._next_id + 1
         made = self._create(segment_id)
         with self._lock:
+            self._n_files += 1
             self._active[writer] = made
         return Reservation(made.id, self.path(made.id), made.position, made.created_ms)
 
@@ -217,6 +221,7 @@ class Segments:
         try:
             for segment_id in unlinked:
                 self._files.unlink(self.path(segment_id))
+                self._n_files -= 1
             if unlinked:
                 self._files.sync_dir(self.folder)
             by_segment: dict[int, list[Extent]] = {}
@@ -232,9 +237,22 @@ class Segments:
         """Punch ranges of one segment; False if the file system cannot."""
         fd = self._files.open(self.path(segment_id), write=True)
         try:
-            return all([self._files.punch(fd, extent.offset, extent.n_bytes) for extent in extents])
+            punched = all([self._files.punch(fd, extent.offset, extent.n_bytes) for extent in extents])
+            self._can_punch = self._can_punch and punched
+            return punched
         finally:
             self._files.close(fd)
+
+    def overhead_bytes(self, live_bytes: int) -> int:
+        """Bytes that segments take besides their live records."""
+        if self._can_punch:
+            return SEGMENT_HEADER_BYTES * self._n_files
+        sizes = 0
+        for name in self._files.names(self.folder):
+            fd = self._files.open(self.folder / name, write=False)
+            sizes += self._files.size(fd)
+            self._files.close(fd)
+        return sizes - live_bytes
 
     def close(self) -> None:
         """Close every descriptor."""

@@ -167,11 +167,20 @@ def uncache_snapshot(txn: Txn, work: Work, snapshot_id: bytes) -> bool:
 
 
 def free_snapshot(txn: Txn, work: Work, snapshot_id: bytes, row: SnapshotRow) -> None:
-    """Remove a snapshot, and the pages that only it reached."""
+    """Remove a snapshot, and the pages that only it reached. What continued it now continues its parent."""
     txn.delete(Table.SNAPSHOTS, snapshot_id)
+    txn.delete(Table.USES, snapshot_id)
     txn.delete(Table.ENDS, end_key(row.prefix, row.n_tokens - row.first, row.tail_hash, snapshot_id))
     if row.parent:
         txn.delete(Table.CHILDREN, row.parent + snapshot_id)
+    for key, _ in list(txn.scan(Table.CHILDREN, prefix=snapshot_id)):
+        txn.delete(Table.CHILDREN, key)
+        child_id = key[len(snapshot_id) :]
+        child = txn.snapshot(child_id)
+        if child is not None:
+            txn.put_snapshot(child_id, child._replace(parent=row.parent))
+            if row.parent:
+                txn.put(Table.CHILDREN, row.parent + child_id, b"")
     _drop_record(txn, work, row.segment, row.offset, row.record_bytes)
     page_id = row.leaf
     while page_id != NO_PAGE:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +21,7 @@ import msgpack
 
 from kvdb.errors import KvdbError, SnapshotGoneError, WrongModelError
 from kvdb.keyspace import Keyspace
+from kvdb.store.budget import Budget
 from kvdb.store.committer import Committer
 from kvdb.store.entries import Entry
 from kvdb.store.entry_writes import write_entry
@@ -41,6 +44,7 @@ from kvdb.store.rows import ModelRow, Reason, SnapshotRow, pack
 from kvdb.store.segments import Segments, gaps, live_extents
 from kvdb.store.snapshots import check_written, commit_snapshot, uncache_snapshot, usage
 from kvdb.store.stats import StoreStats, measure
+from kvdb.store.uses import Uses, write_uses
 from kvdb.store.verify import Finding, verify
 from kvdb.store.work import Extent, Work
 from kvdb_protocol.ids import root_prefix
@@ -52,6 +56,7 @@ T = TypeVar("T")
 
 READER_THREADS = 4
 MATCH_HOLD_S = 1.0
+USES_EVERY_S = 60.0
 
 
 class Store:
@@ -69,6 +74,11 @@ class Store:
         self._committer = Committer(loop, index, files, self._segments, self._holds, lambda: self.keyspace.refresh())
         self.keyspace = Keyspace(index, self._committer)
         self._committer.attach(self.keyspace)
+        self._uses = Uses()
+        self.budget = Budget(
+            index, self._committer, self.keyspace, self._holds, self._uses, self._pool, lambda: self.used_bytes
+        )
+        self._uses_timer = loop.call_later(USES_EVERY_S, self._write_uses)
         self._models: dict[int, bytes] = {}
         self._is_closed = False
         self.problems: list[str] = []  # what recovery found, in words
@@ -125,6 +135,9 @@ class Store:
     async def close(self) -> None:
         """Make everything durable and give the directory up. Raises what the last flush failed with, after closing."""
         try:
+            await self.budget.idle()
+            if self._uses:
+                self._committer.submit(partial(write_uses, uses=self._uses.take()))
             await self.keyspace.flush()
         finally:
             await self._committer.idle()
@@ -132,6 +145,7 @@ class Store:
 
     def _release(self) -> None:
         self._is_closed = True
+        self._uses_timer.cancel()
         self._committer.close()
         self._pool.shutdown(wait=True)
         self.keyspace.close()
@@ -143,6 +157,17 @@ class Store:
     def write_error(self) -> KvdbError | None:
         """Why the last round failed; None while writes can be made durable."""
         return self._committer.error
+
+    @property
+    def used_bytes(self) -> int:
+        """What counts against `maxstore`: live records, headers and the index; dead bytes where they stay on disk."""
+        live = self._committer.live_bytes
+        return live + self._segments.overhead_bytes(live) + self._index.file_bytes
+
+    def _write_uses(self) -> None:
+        self._uses_timer = self._loop.call_later(USES_EVERY_S, self._write_uses)
+        if self._uses:
+            self._committer.submit(partial(write_uses, uses=self._uses.take()))
 
     # Models
 
@@ -181,7 +206,11 @@ class Store:
     # Writing
 
     async def reserve(self, writer: str, n_bytes_hint: int = 0) -> Reservation:
-        """Where `writer` may write records next. Each writer has one reservation at a time."""
+        """Where `writer` may write records next. Each writer has one reservation at a time.
+
+        n_bytes_hint: about how much it will write; room for it is made under `maxstore`. Raises NoSpaceError.
+        """
+        await self.budget.make_room(n_bytes_hint)
         try:
             return await self._loop.run_in_executor(self._pool, self._segments.reserve, writer, n_bytes_hint)
         except OSError as error:
@@ -217,6 +246,9 @@ class Store:
         writer = self._segments.writer_of(reservation.segment_id)
         if writer is not None:
             self._segments.advance(writer, reservation, end)
+        extent = Extent(reservation.segment_id, reservation.offset, end - reservation.offset)
+        if self.budget.excess(extent.n_bytes) > 0:
+            await self._make_room_for(extent)
         committing = replace(new, is_cached=new.is_cached or key is None)
 
         def item(txn: Txn, work: Work) -> CommittedSnapshot:
@@ -231,12 +263,21 @@ class Store:
             if session_uid is not None and not future.cancelled() and future.exception() is None:
                 self.keyspace.rebase(session_uid, new.id, new.n_tokens)
 
-        future = self._committer.submit(
-            item, Extent(reservation.segment_id, reservation.offset, end - reservation.offset)
-        )
+        future = self._committer.submit(item, extent)
         # Added before anyone awaits the future, so it runs before a reply can be sent.
         future.add_done_callback(committed)
         return await asyncio.shield(future)
+
+    async def _make_room_for(self, extent: Extent) -> None:
+        """Evict for records that are written but not committed; if that fails, give their bytes back."""
+        self._segments.submitted(extent.segment)  # the segment stays, whatever is evicted
+        try:
+            await self.budget.make_room(extent.n_bytes)
+        except KvdbError:
+            await self._loop.run_in_executor(self._pool, self._segments.tidy, [extent], [])
+            raise
+        finally:
+            self._segments.resolved(extent.segment)
 
     async def drop_cached(self, snapshot_id: bytes) -> bool:
         """Give up a snapshot that no key names; False if it was not cached."""
@@ -305,6 +346,8 @@ class Store:
             record = self.snapshot(snapshot_id)
             if record is None:
                 raise SnapshotGoneError(f"there is no snapshot {snapshot_id.hex()}")
+            with self._index.read() as txn:
+                self._uses.touch(txn, snapshot_id, time.time_ns() // 1_000_000)
             yield record
         finally:
             self._unhold(snapshot_id)

@@ -325,6 +325,8 @@ def _check_derived(txn: Txn, contents: Contents) -> Iterator[Finding]:
         if found != rows:
             wrong = len({*found.items()} ^ {*rows.items()})
             yield _index(f"table {table.name.lower()}: {wrong} rows are missing, left over or wrong")
+    if stray := [key for key, _ in txn.scan(Table.USES) if key not in contents.snapshots]:
+        yield _index(f"table uses: {len(stray)} rows are left over")
     live = live_bytes(expected[Table.PLACES])
     for segment_id, row in contents.segments.items():
         if row.live != live[segment_id]:

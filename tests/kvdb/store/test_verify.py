@@ -197,6 +197,10 @@ def journal_gap(txn: Txn, filled: Filled) -> None:
     txn.put(Table.JOURNAL, b"u" * 16 + u64(9999), b"\0\0\0\0")
 
 
+def stray_use(txn: Txn, filled: Filled) -> None:
+    txn.put(Table.USES, b"?" * 32, b"\x92\x01\x01")
+
+
 def drop_table(table: Table):  # type: ignore[no-untyped-def]
     def drop(txn: Txn, filled: Filled) -> None:
         for key, _ in list(txn.scan(table)):
@@ -212,7 +216,7 @@ TABLES = (
 )  # fmt: skip
 DAMAGE = [
     break_refs, break_prefix_hash, drop_page_row, drop_snapshot_row, break_entry, break_live, break_sizes,
-    strange_journal, journal_gap, *map(drop_table, TABLES),
+    strange_journal, journal_gap, stray_use, *map(drop_table, TABLES),
 ]  # fmt: skip
 
 
