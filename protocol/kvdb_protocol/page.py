@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from kvdb_protocol.errors import FormatError, VersionError
 from kvdb_protocol.ids import Buffer
 from kvdb_protocol.layout import Layout
-from kvdb_protocol.sections import PackedSection, decode_sections, encode_sections, pad4
+from kvdb_protocol.sections import PackedSection, decode_page_sections, encode_sections, pad4
 
 MAGIC = b"PAGE"
 VERSION = 1
@@ -80,6 +80,5 @@ def decode_page(layout: Layout, payload: memoryview) -> Page:
     if head.n_tokens != layout.page_tokens:
         raise FormatError(f"page has {head.n_tokens} tokens, the layout says {layout.page_tokens}")
     at = _HEAD.size + len(head.text) + len(pad4(len(head.text))) + 4 * head.n_tokens
-    rows = [layout.page_rows(stream) for stream in layout.streams]
-    sections = decode_sections(layout, layout.streams, rows, payload[at:], f"page at {head.first}")
+    sections = decode_page_sections(layout, payload[at:], f"page at {head.first}")
     return Page(head.fingerprint, head.parent, head.first, head.ids, head.text, sections)

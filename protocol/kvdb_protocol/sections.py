@@ -6,16 +6,16 @@ the codecs are written: the packer may fall back to a wider codec for a section 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 from kvdb_protocol.errors import FormatError
 from kvdb_protocol.ids import Buffer
 from kvdb_protocol.layout import Codec, Layout, Section
 
 
-@dataclass(frozen=True, slots=True)
-class PackedSection:
+class PackedSection(NamedTuple):
     """The packed rows of one section. `data` is n_rows x row_bytes(codec) bytes, row after row."""
 
     codec: Codec
@@ -40,17 +40,43 @@ def decode_sections(
 
     n_rows: rows of each wanted section. what: name used in errors.
     """
-    codec_bytes = bytes(data[: len(wanted)])
-    if len(codec_bytes) < len(wanted):
-        raise FormatError(f"{what}: section codecs are truncated")
+    return _cut(lambda codecs: _spans(layout, wanted, n_rows, codecs), bytes(data[: len(wanted)]), data, what)
+
+
+def decode_page_sections(layout: Layout, data: memoryview, what: str) -> list[PackedSection]:
+    """Split a page's run. A restore decodes thousands of pages whose sections lie alike: their places are kept."""
+    return _cut(lambda codecs: _page_spans(layout, codecs), bytes(data[: len(layout.streams)]), data, what)
+
+
+_Span = tuple[Codec, int, int]
+
+
+@lru_cache(maxsize=32)
+def _page_spans(layout: Layout, codecs: bytes) -> list[_Span]:
+    return _spans(layout, layout.streams, [layout.page_rows(stream) for stream in layout.streams], codecs)
+
+
+def _spans(layout: Layout, wanted: Sequence[Section], n_rows: Sequence[int], codecs: bytes) -> list[_Span]:
+    """(codec, begin, end) of each section in a run that starts with these codec bytes."""
+    if len(codecs) < len(wanted):
+        raise FormatError("section codecs are truncated")
     at = len(wanted) + len(pad4(len(wanted)))
-    found = []
-    for section, count, code in zip(wanted, n_rows, codec_bytes, strict=True):
+    spans = []
+    for section, count, code in zip(wanted, n_rows, codecs, strict=True):
         if code not in Codec.__members__.values():
-            raise FormatError(f"{what}: unknown codec {code} in layer {section.layer} {section.part.name}")
-        size = layout.section_bytes(section, Codec(code), count)
-        found.append(PackedSection(Codec(code), data[at : at + size]))
-        at += size
-    if at != len(data):
-        raise FormatError(f"{what}: sections need {at} bytes, the payload has {len(data)}")
-    return found
+            raise FormatError(f"unknown codec {code} in layer {section.layer} {section.part.name}")
+        end = at + layout.section_bytes(section, Codec(code), count)
+        spans.append((Codec(code), at, end))
+        at = end
+    return spans
+
+
+def _cut(find: Callable[[bytes], list[_Span]], codecs: bytes, data: memoryview, what: str) -> list[PackedSection]:
+    try:
+        spans = find(codecs)
+    except FormatError as error:
+        raise FormatError(f"{what}: {error}") from None
+    needed = spans[-1][2] if spans else 0
+    if needed != len(data):
+        raise FormatError(f"{what}: sections need {needed} bytes, the payload has {len(data)}")
+    return [PackedSection(codec, data[begin:end]) for codec, begin, end in spans]

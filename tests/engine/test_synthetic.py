@@ -176,7 +176,7 @@ def test_verify_finds_a_changed_byte() -> None:
     section = pages[1].sections[2]
     data = bytearray(section.data)
     data[17] ^= 1
-    sections = [*pages[1].sections[:2], replace(section, data=bytes(data)), *pages[1].sections[3:]]
+    sections = [*pages[1].sections[:2], section._replace(data=bytes(data)), *pages[1].sections[3:]]
     with pytest.raises(StateError, match="page 1: layer"):
         engine.load([pages[0], replace(pages[1], sections=sections), *pages[2:]], tail)
     with pytest.raises(StateError, match="logits"):
