@@ -19,12 +19,11 @@ def rewritten(old: str, lines: dict[str, str]) -> str:
     for line in old.splitlines():
         name = line.split(None, 1)[0].lower() if line.strip() and not line.lstrip().startswith("#") else ""
         if name not in PARAMETERS:
-            if line != _MARK:
-                out.append(line)
+            out.append(line)
         elif name in left:
             out.append(left.pop(name))
     if left:
-        out += [_MARK, *left.values()]
+        out += [*([] if _MARK in out else [_MARK]), *left.values()]
     return "\n".join(out) + "\n"
 
 

@@ -46,7 +46,7 @@ class SlowLog:
 
     def add(self, client: Client, request: Request, seconds: float, now: float) -> None:
         """Log a command; long requests are cut as in Redis."""
-        kept = [_cut(argument) for argument in request[:_LOGGED_ARGUMENTS]]
+        kept = [_cut(argument) for argument in redacted(request)[:_LOGGED_ARGUMENTS]]
         if len(request) > _LOGGED_ARGUMENTS:
             kept[-1] = b"... (%d more arguments)" % (len(request) - _LOGGED_ARGUMENTS + 1)
         entry = SlowEntry(self._next_id, int(now), int(seconds * 1e6), tuple(kept), client.peer, client.name)
@@ -58,6 +58,14 @@ class SlowLog:
         """Drop what is over the limit."""
         while len(self.entries) > self.max_entries:
             self.entries.pop()
+
+
+def redacted(request: Request) -> Request:
+    """The request without what may be a password."""
+    words = [word.upper() for word in request[:2]]
+    if words[0] not in (b"AUTH", b"HELLO") and words not in ([b"ACL", b"SETUSER"], [b"CONFIG", b"SET"]):
+        return request
+    return [request[0]] + [b"(redacted)"] * (len(request) - 1)
 
 
 def _cut(argument: bytes) -> bytes:
@@ -165,7 +173,7 @@ class Observers:
         if "skip_monitor" in flags or "admin" in flags or not self.monitors:
             return
         where = "unix:" + client.local if client.listener == "unix" else client.peer
-        words = b" ".join(quoted(argument) for argument in request)
+        words = b" ".join(quoted(argument) for argument in redacted(request))
         line = b"+%.6f [%d %b] %b\r\n" % (time.time(), client.db, where.encode(), words)
         for monitor in list(self.monitors):
             monitor.push_encoded(line)

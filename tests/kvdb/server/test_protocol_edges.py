@@ -64,7 +64,13 @@ def test_half_a_command_then_gone(daemon: Daemon) -> None:
 def test_noise(daemon: Daemon) -> None:
     """Random bytes, mutated requests, closed at random: after each batch the daemon answers."""
     rng = random.Random(20260301)
-    good = [request("SET", "k", "v"), request("ZADD", "z", "1", "a"), b"PING\r\n", request("HELLO", "3"), request("MULTI")]
+    good = [
+        request("SET", "k", "v"),
+        request("ZADD", "z", "1", "a"),
+        b"PING\r\n",
+        request("HELLO", "3"),
+        request("MULTI"),
+    ]
     for _ in range(20):
         wires: list[Wire] = []
         for _ in range(25):
