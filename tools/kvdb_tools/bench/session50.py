@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from kvdb_engine.catalog import open_model
-
 from kvdb_protocol.dsv4 import Dsv4Header, Dsv4Layer, Dsv4Payload, encode_payload, frontier_shape
 from kvdb_protocol.layout import Layout, Part
 from kvdb_tools.bench.scenario import Bars, Result, Settings
