@@ -335,3 +335,10 @@ def single(seed: int, family: str, *, with_schemas: bool, lexicon: list[str] | N
     else:
         {"sum": script.task_sum, "copy": script.task_copy, "chain": script.task_chain}[family]()
     return Conversation(tuple(script.turns), schemas=tuple(SCHEMAS.values()) if with_schemas else ())
+
+
+def chain(seed: int, n_steps: int, *, with_schemas: bool) -> Conversation:
+    """Draw a conversation that is one chain of exactly ``n_steps`` tool calls."""
+    script = Script(random.Random(seed), [], [])
+    script.task_chain(n_steps)
+    return Conversation(tuple(script.turns), schemas=tuple(SCHEMAS.values()) if with_schemas else ())

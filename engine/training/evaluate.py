@@ -148,6 +148,19 @@ def steps(tokenizer: Tokenizer, lexicon: list[str], *, with_schemas: bool, n: in
     return found
 
 
+def whole_chains(
+    model: Nano, tokenizer: Tokenizer, mode: Mode, *, n_steps: int, n: int = 40, with_schemas: bool = False
+) -> dict[str, float]:
+    """Return how often all tool calls of a chain of ``n_steps`` are right, greedily and at temperature 1."""
+    greedy, t1 = 0.0, 0.0
+    for i in range(n):
+        conversation = episodes.chain(HELD_OUT_SEED + 20_000 + i, n_steps, with_schemas=with_schemas)
+        scores = score(model, [c for c in cases(conversation, tokenizer) if c.family == "chain"], mode)
+        greedy += all(g for _, g, _ in scores) / n
+        t1 += math.prod(p for _, _, p in scores) / n
+    return {"n": n, "greedy": round(greedy, 4), "t1": round(t1, 4)}
+
+
 def summary(scores: list[tuple[str, bool, float]]) -> dict[str, dict[str, float]]:
     """Return per family: number of steps, greedy success, success at temperature 1."""
     table: dict[str, dict[str, float]] = {}
@@ -176,6 +189,7 @@ def measure(
         for name, schemas in (("plain", False), ("with_schemas", True)):
             part[f"single_{name}"] = summary(score(model, suite(tokenizer, corpus.lexicon, with_schemas=schemas), m))
             part[f"steps_{name}"] = summary(score(model, steps(tokenizer, corpus.lexicon, with_schemas=schemas), m))
+        part["whole_chains"] = {k: whole_chains(model, tokenizer, m, n_steps=k) for k in (2, 4, 8, 12)}
         report[f"rounding_{label}"] = part
     m = replace(mode, rounding=True, sparse=True, index_loss_stride=0)
     stop = [(1,), tuple(tokenizer.encode(CALLS_END).ids)]
