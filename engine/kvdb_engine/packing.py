@@ -47,18 +47,8 @@ def _e4m3_values() -> F32:
     return np.where(code & 128, -magnitude, magnitude).astype(np.float32)
 
 
-def _code_table(values: F32, drop_bits: int) -> U8:
-    """Map the top bits of a float32 to the code whose value has exactly those bits (0 where there is none)."""
-    table = np.zeros(1 << (32 - drop_bits), np.uint8)
-    table[values.view(np.uint32) >> drop_bits] = np.arange(values.size, dtype=np.uint8)
-    return table
-
-
 E4M3 = _e4m3_values()
 E2M1: F32 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-# Sign, exponent and three mantissa bits identify an e4m3 value, subnormals included; one mantissa bit does for e2m1.
-_E4M3_CODE = _code_table(E4M3, 20)
-_E2M1_CODE = _code_table(E2M1, 22)
 _E2M1_PAIR: F32 = np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], axis=-1).copy()
 
 
@@ -80,37 +70,75 @@ def power_of_two(exponents: npt.NDArray[np.int32]) -> F32:
 def pack_rows(codec: Codec, rows: F32, rope_dim: int) -> bytes | None:
     """Pack rows, or return None if this codec cannot hold every bit of them.
 
-    rows: (n_rows, width) float32, C-contiguous. rope_dim: values at the end of a row that FP8 codecs keep wide.
+    rows: (n_rows, width) float32. rope_dim: values at the end of a row that FP8 codecs keep wide.
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     if codec is Codec.F32:
         return rows.tobytes()
-    if not rows.size:
-        return b""
-    if codec is Codec.F16:
+    width = rows.shape[1]
+    data = np.empty((len(rows), row_bytes(codec, width, rope_dim)), np.uint8)
+    # In slabs that stay in the processor's cache from the first pass over them to the check.
+    for first in range(0, len(rows), slab := max(1, _SLAB_BYTES // (4 * width))):
+        part, out = rows[first : first + slab], data[first : first + slab]
         with np.errstate(over="ignore", invalid="ignore"):
-            packed = rows.astype(np.float16)
-        return packed.tobytes() if _same_bits(packed.astype(np.float32), rows) else None
-    if not np.isfinite(rows).all():
-        return None
-    if codec is Codec.FP4:
-        exponents = block_exponents(rows, FP4_BLOCK)
-        scaled = rows.reshape(len(rows), -1, FP4_BLOCK) / power_of_two(exponents)[..., None]
-        codes = _E2M1_CODE[scaled.view(np.uint32) >> 22].reshape(len(rows), -1)
-        nibbles = codes[:, 0::2] | (codes[:, 1::2] << 4)
-        data = np.concatenate([nibbles, exponents.astype(np.int8).view(np.uint8)], axis=1)
-    else:
-        nope = rows.shape[1] - rope_dim
-        head, tail = rows[:, :nope], rows[:, nope:]
-        exponents = block_exponents(head, FP8_BLOCK)
-        scaled = head.reshape(len(rows), -1, FP8_BLOCK) / power_of_two(exponents)[..., None]
-        codes = _E4M3_CODE[scaled.view(np.uint32) >> 20].reshape(len(rows), -1)
-        with np.errstate(over="ignore"):
-            wide = np.ascontiguousarray(tail.astype(np.float16 if codec is Codec.FP8_F16 else np.float32))
-        data = np.concatenate([codes, exponents.astype(np.int8).view(np.uint8), wide.view(np.uint8)], axis=1)
-    packed_bytes = data.tobytes()
-    back = unpack_rows(codec, packed_bytes, len(rows), rows.shape[1], rope_dim)
-    return packed_bytes if _same_bits(back, rows) else None
+            _PACKERS[codec](part, rope_dim, out)
+            if not _same_bits(_unpacked(codec, out, width, rope_dim), part):
+                return None
+    return data.tobytes()
+
+
+def _pack_f16(rows: F32, rope_dim: int, out: U8) -> None:
+    out[:] = rows.astype("<f2").view(np.uint8)
+
+
+def _pack_fp8_f16(rows: F32, rope_dim: int, out: U8) -> None:
+    _pack_fp8(rows, rope_dim, out, "<f2")
+
+
+def _pack_fp8_f32(rows: F32, rope_dim: int, out: U8) -> None:
+    _pack_fp8(rows, rope_dim, out, "<f4")
+
+
+def _pack_fp8(rows: F32, rope_dim: int, out: U8, wide: str) -> None:
+    """An e4m3 value times 2^-120 has its code in bits 20 to 26 of a float32, subnormal codes included."""
+    nope = rows.shape[1] - rope_dim
+    n_blocks = nope // FP8_BLOCK
+    head = np.ascontiguousarray(rows[:, :nope])
+    exponents = block_exponents(head, FP8_BLOCK)
+    scaled = head.reshape(len(rows), n_blocks, FP8_BLOCK) * power_of_two(-exponents)[..., None]
+    scaled *= _TINY
+    bits = scaled.view(np.uint32).reshape(len(rows), nope)
+    codes = bits >> np.uint32(24)
+    codes &= np.uint32(0x80)
+    bits >>= np.uint32(20)
+    bits &= np.uint32(0x7F)
+    codes |= bits
+    out[:, :nope] = codes
+    out[:, nope : nope + n_blocks] = exponents.astype(np.int8).view(np.uint8)
+    out[:, nope + n_blocks :] = np.ascontiguousarray(rows[:, nope:].astype(wide)).view(np.uint8)
+
+
+def _pack_fp4(rows: F32, rope_dim: int, out: U8) -> None:
+    """An e2m1 value times 2^-126 has its code in bits 22 to 24 of a float32, the subnormal code included."""
+    n_rows, width = rows.shape
+    exponents = block_exponents(rows, FP4_BLOCK)
+    scaled = rows.reshape(n_rows, -1, FP4_BLOCK) * power_of_two(np.minimum(-exponents, 126))[..., None]
+    scaled *= _TINIER
+    bits = scaled.view(np.uint32).reshape(n_rows, width)
+    codes = (bits >> np.uint32(28)) & np.uint32(8)
+    codes |= (bits >> np.uint32(22)) & np.uint32(7)
+    out[:, : width // 2] = codes[:, 0::2] | (codes[:, 1::2] << np.uint32(4))
+    out[:, width // 2 :] = exponents.astype(np.int8).view(np.uint8)
+
+
+_SLAB_BYTES = 128 << 10
+_TINY, _TINIER = np.float32(2.0**-120), np.float32(2.0**-126)
+_PACKERS = {
+    Codec.F16: _pack_f16,
+    Codec.FP8_F16: _pack_fp8_f16,
+    Codec.FP8_F32: _pack_fp8_f32,
+    Codec.FP4: _pack_fp4,
+}
 
 
 def unpack_rows(codec: Codec, data: Buffer, n_rows: int, width: int, rope_dim: int) -> F32:
@@ -120,9 +148,18 @@ def unpack_rows(codec: Codec, data: Buffer, n_rows: int, width: int, rope_dim: i
         raise ValueError(f"{n_rows} rows of {n_bytes} bytes expected, got {len(data)} bytes")
     if codec is Codec.F32:
         return np.frombuffer(data, "<f4").reshape(n_rows, width).copy()
-    if codec is Codec.F16:
-        return np.frombuffer(data, "<f2").reshape(n_rows, width).astype(np.float32)
     packed = np.frombuffer(data, np.uint8).reshape(n_rows, n_bytes)
+    rows = np.empty((n_rows, width), np.float32)
+    for first in range(0, n_rows, slab := max(1, _SLAB_BYTES // (4 * width))):
+        rows[first : first + slab] = _unpacked(codec, packed[first : first + slab], width, rope_dim)
+    return rows
+
+
+def _unpacked(codec: Codec, packed: U8, width: int, rope_dim: int) -> F32:
+    """The values of some packed rows: (n_rows, row_bytes) uint8 -> (n_rows, width) float32."""
+    n_rows = len(packed)
+    if codec is Codec.F16:
+        return packed.copy().view("<f2").astype(np.float32)
     rows = np.empty((n_rows, width), np.float32)
     if codec is Codec.FP4:
         half, n_blocks = width // 2, width // FP4_BLOCK
@@ -134,9 +171,9 @@ def unpack_rows(codec: Codec, data: Buffer, n_rows: int, width: int, rope_dim: i
     n_blocks = nope // FP8_BLOCK
     exponents = packed[:, nope : nope + n_blocks].copy().view(np.int8).astype(np.int32)
     values = E4M3[packed[:, :nope]].reshape(n_rows, n_blocks, FP8_BLOCK)
-    rows[:, :nope] = (values * power_of_two(exponents)[..., None]).reshape(n_rows, nope)
-    wide = packed[:, nope + n_blocks :].copy().view("<f2" if codec is Codec.FP8_F16 else "<f4")
-    rows[:, nope:] = wide
+    values *= power_of_two(exponents)[..., None]
+    rows[:, :nope] = values.reshape(n_rows, nope)
+    rows[:, nope:] = packed[:, nope + n_blocks :].copy().view("<f2" if codec is Codec.FP8_F16 else "<f4")
     return rows
 
 

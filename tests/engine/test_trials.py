@@ -1,7 +1,7 @@
 """Random timelines: prefill, decode, snapshot and restore, fork, rewind, cancel, in any order.
 
-Every timeline's history (which tokens came by prefill, which by decode) is replayed at the end in a fresh state, in which
-nothing was ever stored or forked: all its bytes must be the same. KVDB_TRIALS=1000 runs as many.
+Every timeline's history (which tokens came by prefill, which by decode) is replayed at the end in a fresh state, in
+which nothing was ever stored or forked: all its bytes must be the same. KVDB_TRIALS=1000 runs as many.
 """
 
 from __future__ import annotations
