@@ -27,6 +27,8 @@ log = logging.getLogger("kvdb.store")
 
 # A little more than needed is freed, so that a full store does not plan an eviction for every snapshot.
 SLACK = 0.01
+# A commit also makes the index grow, by some pages of 4096 bytes: a write counts as so much larger.
+INDEX_MARGIN = 64 << 10
 
 
 class Budget:
@@ -96,6 +98,7 @@ class Budget:
 
     async def make_room(self, n_bytes: int) -> None:
         """Evict until `n_bytes` more fit. Raises NoSpaceError when they cannot."""
+        n_bytes += INDEX_MARGIN if n_bytes else 0
         if self.excess(n_bytes) <= 0:
             return
         if self.policy == "noeviction" or n_bytes > self.maxstore:

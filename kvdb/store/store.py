@@ -21,7 +21,7 @@ import msgpack
 
 from kvdb.errors import KvdbError, SnapshotGoneError, WrongModelError
 from kvdb.keyspace import Keyspace
-from kvdb.store.budget import Budget
+from kvdb.store.budget import INDEX_MARGIN, Budget
 from kvdb.store.committer import Committer
 from kvdb.store.entries import Entry
 from kvdb.store.entry_writes import write_entry
@@ -247,7 +247,7 @@ class Store:
         if writer is not None:
             self._segments.advance(writer, reservation, end)
         extent = Extent(reservation.segment_id, reservation.offset, end - reservation.offset)
-        if self.budget.excess(extent.n_bytes) > 0:
+        if self.budget.excess(extent.n_bytes + INDEX_MARGIN) > 0:
             await self._make_room_for(extent)
         committing = replace(new, is_cached=new.is_cached or key is None)
 

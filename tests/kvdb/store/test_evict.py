@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvdb.errors import KvdbError, NoSpaceError
+from kvdb.store.budget import INDEX_MARGIN
 from kvdb.store.entries import Entry, EntryType, SessionValue, SnapshotValue
 from kvdb.store.evict import load, plan_eviction
 from kvdb.store.index import Table
@@ -60,7 +61,7 @@ def keys(store: Store) -> set[bytes]:
     return set(store.keyspace.scan(0, 0, 1000)[1])
 
 
-def limit(store: Store, policy: str, more: int = 49152) -> None:
+def limit(store: Store, policy: str, more: int = INDEX_MARGIN + 40000) -> None:
     """Leave room for `more` bytes besides what is stored now: by default the index may grow, and no snapshot fits."""
     store.budget.maxstore, store.budget.policy = store.used_bytes + more, policy
 
@@ -171,7 +172,7 @@ async def test_shared_bytes_do_not_count_as_freed(store: Store) -> None:
         parent = (await put_snapshot(store, b"s%d" % n, ids[: n * PAGE + 1], parent=parent)).id
     used_at(store, **{f"s{n}": n for n in range(4, 12)})
     limit(store, "allkeys-lru")
-    await put_snapshot(store, b"new", tokens(3 * PAGE, seed=50))
+    await put_snapshot(store, b"new", tokens(9 * PAGE, seed=50))
     assert store.budget.excess() <= 0
     assert b"s11" in keys(store)
     assert store.budget.evicted_keys >= 2
