@@ -63,6 +63,7 @@ class Backend:
         """Take over what CONFIG SET may change."""
         self.sessions.cross_quant = config.text("cross-quant") == "allow"
         self.sessions.cache_bytes = config.number("engine-cache-bytes")
+        self.store.budget.configure(config.number("maxstore"), config.text("maxstore-policy"))
 
     async def _rounds(self, config: Config) -> None:
         """Put idle engines to rest and forget sessions that are gone."""
