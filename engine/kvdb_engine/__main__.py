@@ -33,8 +33,10 @@ def open_engine(info: ModelInfo) -> EngineLike[Any]:
 def main() -> int:
     """Load the model, say so, serve until the daemon goes away."""
     spec, fd = sys.argv[1], int(sys.argv[2])
-    # Ctrl-C reaches the whole process group; the daemon decides when the worker ends, by closing the socket.
+    # Ctrl-C, and service managers that end a whole group, reach this process too; but live states have to be stored
+    # first: the daemon decides when the worker ends, by closing the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sock = socket.socket(fileno=fd)
     try:
         from kvdb_engine.catalog import open_model
