@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -13,6 +14,9 @@ from kvdb import config
 from kvdb.backend import Backend
 from kvdb.errors import KvdbError
 from kvdb.net.service import Server
+
+if TYPE_CHECKING:
+    from kvdb.http.gateway import Gateway
 
 USAGE = """Usage: kvdb-server [FILE.conf] [--name value ...]
 
@@ -98,11 +102,27 @@ async def serve(settings: config.Config) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.request_shutdown)
     await server.start()
+    gateway = None
     try:
+        if settings.number("http-port"):
+            gateway = await start_gateway(server)
         await server.ended.wait()
     finally:
+        if gateway is not None:
+            await gateway.stop()
         await server.stop()
     return 0
+
+
+async def start_gateway(server: Server) -> Gateway:
+    """Serve HTTP too. Raises KvdbError where its packages are missing or the port cannot be had."""
+    try:
+        from kvdb.http.gateway import Gateway  # an extra, and an import that nobody else needs to wait for
+    except ImportError as error:
+        raise KvdbError(f"http-port needs the http extra: pip install 'kvdb[http]' ({error})") from None
+    gateway = Gateway(server)
+    await gateway.start()
+    return gateway
 
 
 if __name__ == "__main__":

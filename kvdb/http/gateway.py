@@ -1,0 +1,278 @@
+"""The gateway itself: routes, and an HTTP server on the daemon's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from kvdb.acl import User
+from kvdb.errors import KvdbError, NoPermError
+from kvdb.http import access
+from kvdb.http.ask import Ask
+from kvdb.http.chat_api import ChatDialect, parse_chat
+from kvdb.http.errors import BadRequest, anthropic_body, openai_body
+from kvdb.http.fields import Fields
+from kvdb.http.memory import Memory
+from kvdb.http.messages_api import MessagesDialect, parse_messages
+from kvdb.http.prompt import make_prompt
+from kvdb.http.responses_api import ResponsesDialect, parse_responses
+from kvdb.http.sse import error_response, respond
+from kvdb.http.text_api import TextDialect, parse_text
+from kvdb.http.turn import answer
+from kvdb.session import Model
+
+if TYPE_CHECKING:
+    from kvdb.net.service import Server
+
+log = logging.getLogger("kvdb.http")
+
+MAX_BODY_BYTES = 64 << 20  # as ds4
+_STOP_S = 5
+_SESSION_HEADER, _SNAPSHOT_HEADER = "x-kvdb-session", "x-kvdb-snapshot"
+
+Handler = Callable[["Gateway", Request], Awaitable[Response]]
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the daemon has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+
+async def read_body(request: Request) -> Fields:
+    """The request's JSON object. Raises BadRequest."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BODY_BYTES:
+            raise BadRequest(f"the body is over {MAX_BODY_BYTES} bytes", status=413)
+    try:
+        return Fields(json.loads(data))
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+
+
+def open_sockets(hosts: list[str], port: int) -> list[socket.socket]:
+    """Listening sockets for the words of `bind`; those with a dash may fail. Raises KvdbError."""
+    opened: list[socket.socket] = []
+    for word in hosts:
+        address = {"*": "0.0.0.0", "::*": "::"}.get(word.removeprefix("-"), word.removeprefix("-"))
+        try:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            opened.append(socket.create_server((address, port), family=family, backlog=128))
+        except OSError as error:
+            if word.startswith("-"):
+                continue
+            for one in opened:
+                one.close()
+            raise KvdbError(f"cannot listen on {address} http-port {port}: {error.strerror or error}") from None
+    return opened
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class Gateway:
+    """The HTTP side of a daemon. `start` listens, `stop` ends what is running and closes."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.memory = Memory(server.sessions)
+        self.app = Starlette(routes=list(self._routes()), exception_handlers={HTTPException: _unknown})
+        self._http: _HttpServer | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def _routes(self) -> Iterator[Route]:
+        table: tuple[tuple[str, str, Handler, Any], ...] = (
+            ("GET", "/v1/models", models, openai_body),
+            ("GET", "/v1/models/{name:path}", model, openai_body),
+            ("POST", "/v1/chat/completions", chat, openai_body),
+            ("POST", "/v1/completions", text, openai_body),
+            ("POST", "/v1/responses", responses, openai_body),
+            ("GET", "/v1/responses/{id}", get_response, openai_body),
+            ("DELETE", "/v1/responses/{id}", delete_response, openai_body),
+            ("POST", "/v1/messages", messages, anthropic_body),
+            ("POST", "/v1/messages/count_tokens", count_tokens, anthropic_body),
+        )
+        for method, path, handler, shape in table:
+            yield Route(path, self._guarded(handler, shape), methods=[method])
+
+    def _guarded(self, handler: Handler, shape: Callable[[KvdbError], dict[str, Any]]) -> Any:
+        async def endpoint(request: Request) -> Response:
+            try:
+                return await handler(self, request)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception as error:
+                return error_response(shape, error)
+
+        return endpoint
+
+    def base_of(self, request: Request, fields: Fields) -> dict[str, Any]:
+        """What every request says, whatever its dialect: who asks, which model, which session and snapshot."""
+        user = self.user_of(request)
+        session = request.headers.get(_SESSION_HEADER)
+        snapshot = request.headers.get(_SNAPSHOT_HEADER)
+        access.check(user, session, snapshot)
+        name = fields.get("model", str)
+        return {"user": user, "model": self.model(name), "session": session, "snapshot": snapshot}
+
+    def user_of(self, request: Request) -> User:
+        """Who asks. Raises NoAuthError, WrongPassError, or NoPermError for strangers in protected mode."""
+        user = access.user_of(self.server.acl, access.key_of(request.headers))
+        is_local = request.client is None or ipaddress.ip_address(request.client.host.partition("%")[0]).is_loopback
+        if user.is_nopass and not is_local and self.server.config.flag("protected-mode"):
+            raise NoPermError("protected mode: no password is set, so only this machine is served; set requirepass")
+        return user
+
+    def model(self, name: str | None) -> Model:
+        """A served model; the first one when the request names none."""
+        models = self.server.sessions.models
+        if name is not None and models and name not in models:
+            raise BadRequest(
+                f"model '{name}' is not served here; there are: {', '.join(models)}",
+                "model",
+                status=404,
+                code="model_not_found",
+            )
+        return self.server.sessions.model(name)
+
+    async def start(self) -> None:
+        """Listen on `http-port` of every address of `bind`. Raises KvdbError when the port cannot be had."""
+        hosts, port = list(self.server.config.words("bind")), self.server.config.number("http-port")
+        config = uvicorn.Config(
+            self.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_STOP_S
+        )
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # the daemon says itself that it listens
+        sockets = open_sockets(hosts, port)
+        self._http = _HttpServer(config)
+        self._task = asyncio.create_task(self._http.serve(sockets=sockets))
+        while not self._http.started and not self._task.done():
+            await asyncio.sleep(0.005)
+        if self._task.done():
+            self._task.result()
+        log.info("HTTP on %s", ", ".join(_address(one) for one in sockets))
+
+    async def stop(self) -> None:
+        """Stop listening; answers under way get a few seconds, then they are cancelled."""
+        if self._http is not None and self._task is not None:
+            self._http.should_exit = True
+            await self._task
+
+
+async def _unknown(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    what = f"{request.method} {request.url.path}"
+    found = BadRequest(f"there is no {what} here" if status == 404 else f"{what}: {error}", status=status)
+    shape = anthropic_body if request.url.path.startswith("/v1/messages") else openai_body
+    return JSONResponse(shape(found), status_code=status)
+
+
+def _usage_wanted(fields: Fields) -> bool:
+    return bool((fields.get("stream_options", dict) or {}).get("include_usage"))
+
+
+async def _answer(gateway: Gateway, request: Request, fields: Fields, ask: Ask, dialect: Any) -> Response:
+    stream = fields.get("stream", bool, False)
+    return await respond(request, ask, answer(gateway.memory, ask), dialect, stream=stream)
+
+
+async def chat(gateway: Gateway, request: Request) -> Response:
+    """POST /v1/chat/completions."""
+    fields = await read_body(request)
+    ask = parse_chat(fields, gateway.base_of(request, fields))
+    return await _answer(gateway, request, fields, ask, ChatDialect(ask, include_usage=_usage_wanted(fields)))
+
+
+async def text(gateway: Gateway, request: Request) -> Response:
+    """POST /v1/completions."""
+    fields = await read_body(request)
+    ask = parse_text(fields, gateway.base_of(request, fields))
+    return await _answer(gateway, request, fields, ask, TextDialect(ask, include_usage=_usage_wanted(fields)))
+
+
+async def responses(gateway: Gateway, request: Request) -> Response:
+    """POST /v1/responses."""
+    fields = await read_body(request)
+    ask, new = parse_responses(fields, gateway.base_of(request, fields), gateway.memory)
+    return await _answer(gateway, request, fields, ask, ResponsesDialect(ask, fields, new, gateway.memory))
+
+
+def _stored(gateway: Gateway, request: Request) -> tuple[str, dict[str, Any]]:
+    user = gateway.user_of(request)
+    access.check(user, None, None)
+    response_id = request.path_params["id"]
+    found = gateway.memory.response(response_id, user.name)
+    if found is None:
+        raise BadRequest(f"response '{response_id}' is not stored here", status=404)
+    return response_id, found
+
+
+async def get_response(gateway: Gateway, request: Request) -> Response:
+    """GET /v1/responses/ID."""
+    return JSONResponse(_stored(gateway, request)[1]["body"])
+
+
+async def delete_response(gateway: Gateway, request: Request) -> Response:
+    """DELETE /v1/responses/ID."""
+    response_id, _ = _stored(gateway, request)
+    gateway.memory.drop_response(response_id)
+    return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+
+async def messages(gateway: Gateway, request: Request) -> Response:
+    """POST /v1/messages."""
+    fields = await read_body(request)
+    ask = parse_messages(fields, gateway.base_of(request, fields))
+    return await _answer(gateway, request, fields, ask, MessagesDialect(ask))
+
+
+async def count_tokens(gateway: Gateway, request: Request) -> Response:
+    """POST /v1/messages/count_tokens."""
+    fields = await read_body(request)
+    ask = parse_messages(fields, gateway.base_of(request, fields), is_count=True)
+    prompt = await make_prompt(ask, gateway.memory)
+    return JSONResponse({"input_tokens": len(prompt.ids)})
+
+
+def _model_body(model: Model) -> dict[str, Any]:
+    return {
+        "id": model.info.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "kvdb",
+        "context_length": model.info.config.context,
+        "fingerprint": model.info.fingerprint.hex(),
+    }
+
+
+async def models(gateway: Gateway, request: Request) -> Response:
+    """GET /v1/models."""
+    gateway.user_of(request)
+    data = [_model_body(one) for one in gateway.server.sessions.models.values()]
+    return JSONResponse({"object": "list", "data": data})
+
+
+async def model(gateway: Gateway, request: Request) -> Response:
+    """GET /v1/models/NAME."""
+    gateway.user_of(request)
+    return JSONResponse(_model_body(gateway.model(request.path_params["name"])))

@@ -1,0 +1,228 @@
+"""What the gateway remembers between the requests of stateless clients. All but the idle sessions is in the keyspace.
+
+    http:turn:HASH      snapshot  the state at the end of an assistant turn, under the hash of what a client has seen
+    http:prompt:HASH    snapshot  a state within a prompt: after its system part, every few thousand tokens, at its end
+    http:call:ID        string    the tool block that issued this call id, exactly as sampled
+    http:response:ID    string    a response of /v1/responses, for previous_response_id
+    http:session:NAME   session   where an answer is being made, or was and may go on
+
+Everything expires after `KEEP_MS` unless it is used again, so it is what volatile-* policies may evict. The hash of a
+turn covers what decides the prompt, in canonical form: user, model, tools, system text and the messages without
+reasoning; JSON with sorted keys. So a client that drops the reasoning or writes JSON keys in another order, which it
+never saw as text, still means the same turn, and gets the very timeline that was sampled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+from blake3 import blake3
+
+from kvdb import storing
+from kvdb.errors import KvdbError, SnapshotGoneError
+from kvdb.http.ask import Ask, Message
+from kvdb.session import Model, ids_array
+from kvdb.sessions import Sessions
+from kvdb.store.entries import Entry, EntryType, SnapshotValue
+from kvdb.store.rows import Reason
+from kvdb_engine.chat import SampledBlock, Thinking
+
+log = logging.getLogger("kvdb.http")
+
+DB = 0
+KEEP_MS = 7 * 24 * 3600 * 1000
+SESSION_KEEP_MS = 3600 * 1000
+IDLE_SESSIONS = 32
+_SYSTEM = ("system", "developer")
+
+
+def now_ms() -> int:
+    """The time, for expiries."""
+    return int(time.time() * 1e3)
+
+
+# -- what a conversation is, whatever its spelling ---------------------------------------------------------------------
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
+    return ""
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _arguments(value: Any) -> str:
+    try:
+        return _canonical(json.loads(value) if isinstance(value, str) else value)
+    except ValueError:
+        return str(value)
+
+
+def _message(message: Message) -> list[Any]:
+    role = message.get("role")
+    if role != "assistant":
+        return [role if role != "function" else "tool", _text(message.get("content"))]
+    calls = [
+        [call.get("function", call).get("name"), _arguments(call.get("function", call).get("arguments"))]
+        for call in message.get("tool_calls") or ()
+    ]
+    # Clients trim what they show; the white space around an answer carries no meaning that they could send back.
+    return [role, _text(message.get("content")).strip(), calls]
+
+
+def turn_hashes(ask: Ask, messages: Sequence[Message]) -> list[bytes]:
+    """The hash of the conversation after each message."""
+    system = "\n\n".join(_text(message.get("content")) for message in messages if message.get("role") in _SYSTEM)
+    tools = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in ask.tools]
+    head = [ask.user.name, ask.model.info.fingerprint, ask.thinking is Thinking.MAX, system, _canonical(tools)]
+    current = blake3(msgpack.packb(head)).digest()
+    hashes = []
+    for message in messages:
+        if message.get("role") not in _SYSTEM:
+            current = blake3(current + msgpack.packb(_message(message))).digest()
+        hashes.append(current)
+    return hashes
+
+
+# -- the memory --------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """Remembers in the keyspace. One for each gateway."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self.sessions = sessions
+        self.keyspace = sessions.keyspace
+        self._idle: OrderedDict[bytes, bytes] = OrderedDict()  # turn hash -> session key
+        self._locks: dict[bytes, asyncio.Lock] = {}
+
+    # anchors
+
+    async def find_turn(self, hashes: Sequence[tuple[int, bytes]]) -> tuple[int, bytes, array[int]] | None:
+        """The last remembered turn among (number, hash) pairs, latest first: its number, hash and token ids."""
+        for number, turn in hashes:
+            key = b"http:turn:" + turn.hex().encode()
+            entry = self.keyspace.get(DB, key)
+            if entry is None or not isinstance(entry.value, SnapshotValue):
+                continue
+            try:
+                with self.sessions.store.hold(entry.value.id):
+                    ids = ids_array(await self.sessions.store.token_ids(entry.value.id))
+            except SnapshotGoneError:
+                continue
+            except KvdbError as error:
+                log.warning("anchor %s is not used: %s", key.decode(), error.wire)
+                continue
+            self.keyspace.put(DB, key, entry._replace(expire_ms=now_ms() + KEEP_MS))
+            return number, turn, ids
+        return None
+
+    async def keep_turn(self, turn: bytes, name: bytes) -> bool:
+        """Anchor the end of a turn; durable when this returns. False when it could not be stored, which is no error."""
+        return await self.anchor(b"http:turn:" + turn.hex().encode(), name, Reason.CONTINUED)
+
+    async def keep_prompt(self, ids: array[int], name: bytes, reason: Reason) -> bool:
+        """Anchor a state on the way through a prompt."""
+        return await self.anchor(b"http:prompt:" + blake3(ids.tobytes()).hexdigest(16).encode(), name, reason)
+
+    async def anchor(self, key: bytes, name: bytes, reason: Reason, keep_ms: int = KEEP_MS) -> bool:
+        """Snapshot a session under a key. A full disk costs the anchor, never the answer."""
+
+        def make_entry(snapshot_id: bytes) -> Entry:
+            expire_ms = now_ms() + keep_ms if keep_ms else 0
+            return Entry(EntryType.SNAPSHOT, expire_ms, SnapshotValue(snapshot_id, created_ms=now_ms()))
+
+        try:
+            await storing.snapshot(self.sessions, DB, name, key, make_entry, lambda: True, reason)
+        except KvdbError as error:
+            log.warning("anchor %s was not stored: %s", key.decode(errors="replace"), error.wire)
+            return False
+        return True
+
+    # tool blocks
+
+    def _put(self, key: str, value: Any) -> None:
+        entry = Entry(EntryType.STRING, now_ms() + KEEP_MS, msgpack.packb(value))
+        self.keyspace.put(DB, key.encode(), entry)
+
+    def _get(self, key: str) -> Any:
+        entry = self.keyspace.get(DB, key.encode())
+        if entry is None or not isinstance(entry.value, bytes | bytearray | memoryview):
+            return None
+        return msgpack.unpackb(bytes(entry.value))
+
+    def keep_block(self, call_ids: Sequence[str], block: str) -> None:
+        """Remember the block that issued these calls."""
+        for call_id in call_ids:
+            self._put(f"http:call:{call_id}", [list(call_ids), block])
+
+    def with_blocks(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with each assistant's tool calls as they were sampled, where that is known."""
+        result = []
+        for message in messages:
+            calls = message.get("tool_calls") if message.get("role") == "assistant" else None
+            ids = [call.get("id") for call in calls] if calls else []
+            found = self._get(f"http:call:{ids[0]}") if ids and isinstance(ids[0], str) else None
+            result.append({**message, "tool_calls": SampledBlock(found[1])} if found and found[0] == ids else message)
+        return result
+
+    # responses
+
+    def keep_response(self, response_id: str, user: bytes, value: dict[str, Any]) -> None:
+        """Store a response."""
+        self._put(f"http:response:{response_id}", [user, value])
+
+    def response(self, response_id: str, user: bytes) -> dict[str, Any] | None:
+        """A stored response of this user."""
+        found = self._get(f"http:response:{response_id}")
+        return found[1] if found is not None and found[0] == user else None
+
+    def drop_response(self, response_id: str) -> None:
+        """Forget a response."""
+        self.keyspace.delete(DB, f"http:response:{response_id}".encode())
+
+    # sessions
+
+    def take_session(self, turn: bytes | None) -> bytes:
+        """The idle session that stands at this turn, now the caller's alone; a new name when there is none."""
+        name = self._idle.pop(turn, None) if turn is not None else None
+        return name if name is not None else b"http:session:" + secrets.token_hex(12).encode()
+
+    def leave_session(self, turn: bytes | None, name: bytes) -> None:
+        """The caller is done with a session that stands at this turn, or at none that can go on."""
+        found = self.keyspace.get(DB, name)
+        if turn is None or found is None:
+            self.keyspace.delete(DB, name)
+            return
+        self.keyspace.put(DB, name, found._replace(expire_ms=now_ms() + SESSION_KEEP_MS))
+        before = self._idle.pop(turn, None)
+        if before is not None and before != name:
+            self.keyspace.delete(DB, before)
+        self._idle[turn] = name
+        while len(self._idle) > IDLE_SESSIONS:
+            self.keyspace.delete(DB, self._idle.popitem(last=False)[1])
+
+    def lock(self, name: bytes) -> asyncio.Lock:
+        """The lock of a named session: answers in it are made one after the other."""
+        free = [known for known, lock in self._locks.items() if not lock.locked() and known != name]
+        for known in free:
+            del self._locks[known]
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    def model_of(self, name: str | None) -> Model:
+        """A served model."""
+        return self.sessions.model(name)
