@@ -87,7 +87,10 @@ class ModelInfo:
 
     def open_weights(self) -> TensorSource:
         """The model's tensors, mapped. Raises ModelError."""
-        return GgufSource(self.path) if self.is_gguf else SafetensorsSource(self.path)
+        if self.is_gguf:
+            return GgufSource(self.path)
+        tree = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return SafetensorsSource(self.path, tree.get("quantization"))
 
 
 def open_model(spec: str) -> ModelInfo:
@@ -138,7 +141,7 @@ def _open_folder(name: str, folder: Path) -> ModelInfo:
     if not isinstance(tree, dict):
         raise ModelError(f"{where}: not a JSON object")
     model = configs.from_hf(tree, str(where))
-    source = SafetensorsSource(folder)
+    source = SafetensorsSource(folder, tree.get("quantization"))
     return _info(name, folder, model, source, source.kinds(), weight_files(folder))
 
 

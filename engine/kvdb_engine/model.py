@@ -16,7 +16,7 @@ from kvdb_engine.indexer import IndexerWeights
 from kvdb_engine.moe import MoeWeights, feed_forward
 from kvdb_engine.ops import Array, Ops
 from kvdb_engine.rope import compressed_rope, window_rope
-from kvdb_engine.weights import HostTensor, TensorSource, need, need_experts
+from kvdb_engine.weights import TensorSource, need, need_experts, regroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def load_weights(
     def attention(layer: int, ratio: int) -> AttentionWeights:
         a = f"layers.{layer}.attn"
         group_in = c.n_heads * c.head_dim // c.o_groups
-        o_a = need(source, f"{a}.wo_a", (c.o_groups * c.o_rank, group_in)).dense()
+        o_a = need(source, f"{a}.wo_a", (c.o_groups * c.o_rank, group_in))
         indexer = None
         if ratio == 4:
             indexer = IndexerWeights(
@@ -91,7 +91,7 @@ def load_weights(
             kv=matrix(f"{a}.wkv", c.head_dim, c.hidden),
             kv_norm=vector(f"{a}.kv_norm", c.head_dim),
             sinks=vector(f"{a}.attn_sink", c.n_heads),
-            o_a=ops.weight(HostTensor(o_a.reshape(c.o_groups, c.o_rank, group_in))),
+            o_a=ops.weight(regroup(o_a, c.o_groups, c.o_rank)),
             o_b=matrix(f"{a}.wo_b", c.hidden, c.o_groups * c.o_rank),
             compressor=compressor(f"{a}.compressor", ratio, c.head_dim) if ratio else None,
             indexer=indexer,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 # Read by MLX when its CUDA back end starts.
@@ -49,19 +50,28 @@ class MlxOps:
         mx.eval(list(arrays))
 
     def weight(self, tensor: Any) -> Any:
-        return mx.array(tensor.dense())
+        codes = tensor.affine()
+        if codes is None:
+            return mx.array(tensor.dense())
+        return Quantised(
+            mx.array(codes.codes), mx.array(codes.scales), mx.array(codes.biases), codes.group_size, codes.bits
+        )
 
     def expert_weights(self, gate: Any, up: Any, down: Any) -> ExpertWeights:
         return ExpertWeights(self.weight(gate), self.weight(up), self.weight(down))
 
     def linear(self, weight: Any, x: Array) -> Array:
-        return x @ weight.T
+        return _product(x, weight)
 
     def grouped_linear(self, weight: Any, x: Array) -> Array:
-        return (x.swapaxes(0, 1) @ weight.swapaxes(1, 2)).swapaxes(0, 1)
+        return _product(x.swapaxes(0, 1), weight).swapaxes(0, 1)
 
     def embed(self, weight: Any, ids: Any) -> Array:
-        return weight[mx.array(ids)]
+        index = mx.array(ids)
+        if isinstance(weight, Quantised):
+            parts = (weight.codes[index], weight.scales[index], weight.biases[index])
+            return mx.dequantize(*parts, group_size=weight.group_size, bits=weight.bits).astype(mx.float32)
+        return weight[index]
 
     def concatenate(self, parts: Sequence[Array], axis: int) -> Array:
         return mx.concatenate(list(parts), axis=axis)
@@ -140,12 +150,11 @@ class MlxOps:
 
     def experts(self, weights: ExpertWeights, x: Array, ids: Array, share: Array, limit: float) -> Array:
         if x.shape[0] == 1:
-            gate = x @ weights.gate[ids[0]].swapaxes(1, 2)
-            up = x @ weights.up[ids[0]].swapaxes(1, 2)
+            gate, up = _chosen(x, weights.gate, ids[0]), _chosen(x, weights.up, ids[0])
             middle = self.swiglu(gate, up, limit) * share[0][:, None, None]
-            return (middle @ weights.down[ids[0]].swapaxes(1, 2)).sum(0)
+            return _chosen(middle, weights.down, ids[0]).sum(0)
         # Every expert gets a block of rows, as long as the fullest one needs: batched products instead of a loop.
-        n_experts, (n_tokens, count) = weights.gate.shape[0], ids.shape
+        n_experts, (n_tokens, count) = _n_experts(weights.gate), ids.shape
         flat = ids.reshape(-1)
         mine = flat[None] == mx.arange(n_experts)[:, None]  # (experts, tokens * count)
         slot = mx.cumsum(mine.astype(mx.int32), axis=1)
@@ -154,11 +163,11 @@ class MlxOps:
         source = mx.zeros(n_experts * capacity, mx.int32)
         source[place] = mx.arange(n_tokens * count, dtype=mx.int32) // count
         rows = x[source].reshape(n_experts, capacity, -1)
-        middle = self.swiglu(rows @ weights.gate.swapaxes(1, 2), rows @ weights.up.swapaxes(1, 2), limit)
+        middle = self.swiglu(_product(rows, weights.gate), _product(rows, weights.up), limit)
         shares = mx.zeros(n_experts * capacity)
         shares[place] = share.reshape(-1)
         middle = middle * shares.reshape(n_experts, capacity, 1)
-        out = (middle @ weights.down.swapaxes(1, 2)).reshape(n_experts * capacity, -1)
+        out = _product(middle, weights.down).reshape(n_experts * capacity, -1)
         return out[place].reshape(n_tokens, count, -1).sum(1)
 
     def swiglu(self, gate: Array, up: Array, limit: float) -> Array:
@@ -181,6 +190,41 @@ class MlxOps:
 
     def view(self, rows: Rows) -> Array:
         return rows.buffer[: rows.n_rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """weights.AffineCodes on the device."""
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int
+    bits: int
+
+
+def _product(x: Array, weight: Any) -> Array:
+    """x @ weight transposed; both may have leading axes."""
+    if isinstance(weight, Quantised):
+        parts = (weight.codes, weight.scales, weight.biases)
+        return mx.quantized_matmul(x, *parts, transpose=True, group_size=weight.group_size, bits=weight.bits)
+    return x @ weight.swapaxes(-1, -2)
+
+
+def _chosen(x: Array, weight: Any, ids: Array) -> Array:
+    """x with each of the chosen experts: (1, in) or (k, 1, in) -> (k, 1, out)."""
+    if isinstance(weight, Quantised):
+        rows = x if x.ndim == 3 else mx.broadcast_to(x[None], (ids.shape[0], *x.shape))
+        parts = (weight.codes, weight.scales, weight.biases)
+        left = mx.arange(ids.shape[0], dtype=mx.uint32)
+        return mx.gather_qmm(
+            rows, *parts, left, ids.astype(mx.uint32), transpose=True, group_size=weight.group_size, bits=weight.bits
+        )
+    return x @ weight[ids].swapaxes(1, 2)
+
+
+def _n_experts(weight: Any) -> int:
+    return int((weight.codes if isinstance(weight, Quantised) else weight).shape[0])
 
 
 def _capacity(n_rows: int) -> int:

@@ -17,6 +17,38 @@ from kvdb_engine.errors import ModelError
 from kvdb_engine.packing import F32
 
 
+@dataclass(frozen=True, slots=True)
+class AffineCodes:
+    """Quantised values as MLX multiplies with them: value = code * scale + bias, one scale and bias for each group.
+
+    codes: (..., in * bits / 32) uint32, the first value in the lowest bits. scales, biases: (..., in / group_size)
+    float32.
+    """
+
+    codes: npt.NDArray[np.uint32]
+    scales: F32
+    biases: F32
+    group_size: int
+    bits: int
+
+    def dense(self) -> F32:
+        """All values as float32."""
+        shape = (*self.codes.shape[:-1], -1)
+        # As little-endian bits: a code may straddle two words (3, 5 and 6 bits).
+        bits = np.unpackbits(self.codes.astype("<u4").view(np.uint8), axis=-1, bitorder="little")
+        weights = (1 << np.arange(self.bits)).astype(np.float32)
+        values = (bits.reshape(*shape[:-1], -1, self.bits) @ weights).reshape(*self.scales.shape, self.group_size)
+        values *= self.scales[..., None]
+        values += self.biases[..., None]
+        return np.ascontiguousarray(values.reshape(shape), np.float32)
+
+    def reshape(self, *leading: int) -> AffineCodes:
+        """The same values with other leading axes."""
+        codes = self.codes.reshape(*leading, self.codes.shape[-1])
+        scales = self.scales.reshape(*leading, self.scales.shape[-1])
+        return AffineCodes(codes, scales, self.biases.reshape(scales.shape), self.group_size, self.bits)
+
+
 class Tensor(Protocol):
     """One tensor in a file."""
 
@@ -26,6 +58,9 @@ class Tensor(Protocol):
 
     def dense(self) -> F32:
         """All values as float32."""
+
+    def affine(self) -> AffineCodes | None:
+        """The values as they are stored, if that is a form MLX can multiply with; None otherwise. Nothing is lost."""
 
 
 class TensorSource(Protocol):
@@ -54,6 +89,57 @@ class HostTensor:
     def dense(self) -> F32:
         """See Tensor."""
         return np.ascontiguousarray(self.values, dtype=np.float32)
+
+    def affine(self) -> AffineCodes | None:
+        """See Tensor."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class AffineTensor:
+    """A quantised tensor."""
+
+    codes: AffineCodes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See Tensor."""
+        return (*self.codes.scales.shape[:-1], self.codes.scales.shape[-1] * self.codes.group_size)
+
+    def dense(self) -> F32:
+        """See Tensor."""
+        return self.codes.dense()
+
+    def affine(self) -> AffineCodes | None:
+        """See Tensor."""
+        return self.codes
+
+
+def stack(tensors: list[Tensor]) -> Tensor:
+    """Tensors of one shape as one with a new first axis; stays quantised if all are, in one way."""
+    codes = [tensor.affine() for tensor in tensors]
+    ways = {(code.group_size, code.bits) if code else None for code in codes}
+    first = codes[0]
+    if first is None or len(ways) > 1:
+        return HostTensor(np.stack([tensor.dense() for tensor in tensors]))
+    found = [code for code in codes if code is not None]
+    return AffineTensor(
+        AffineCodes(
+            np.stack([code.codes for code in found]),
+            np.stack([code.scales for code in found]),
+            np.stack([code.biases for code in found]),
+            first.group_size,
+            first.bits,
+        )
+    )
+
+
+def regroup(tensor: Tensor, *leading: int) -> Tensor:
+    """The same values with other leading axes; stays quantised."""
+    codes = tensor.affine()
+    if codes is not None:
+        return AffineTensor(codes.reshape(*leading))
+    return HostTensor(tensor.dense().reshape(*leading, tensor.shape[-1]))
 
 
 def need(source: TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvdb_engine.errors import ModelError
 from kvdb_engine.packing import F32
-from kvdb_engine.weights import Tensor
+from kvdb_engine.weights import AffineCodes, Tensor
 
 _GLOBAL = {
     "embed": "token_embd",
@@ -96,6 +97,39 @@ class GgufTensor:
         if self.kind == "I32":
             return np.asarray(self.raw.data).reshape(self.shape).astype(np.float32)
         return np.ascontiguousarray(dequantize(self.raw.data, self.raw.tensor_type), np.float32).reshape(self.shape)
+
+    def affine(self) -> AffineCodes | None:
+        """See weights.Tensor. Q8_0 and Q4_K are affine in groups of 32; the other kinds are not."""
+        unpack = {"Q8_0": _affine_q8_0, "Q4_K": _affine_q4_k}.get(self.kind)
+        if unpack is None:
+            return None
+        *leading, inner = self.shape
+        return unpack(np.asarray(self.raw.data).reshape(-1), inner).reshape(*leading)
+
+
+def _affine_q8_0(raw: npt.NDArray[np.uint8], inner: int) -> AffineCodes:
+    """Blocks of 34 bytes: f16 scale d, 32 x i8 q. value = d q = d (q + 128) - 128 d."""
+    blocks = raw.reshape(-1, 34)
+    scales = blocks[:, :2].copy().view("<f2").astype(np.float32).reshape(-1, inner // 32)
+    codes = (blocks[:, 2:] ^ 0x80).copy().view("<u4").reshape(-1, inner // 4)
+    return AffineCodes(codes, scales, scales * np.float32(-128), 32, 8)
+
+
+def _affine_q4_k(raw: npt.NDArray[np.uint8], inner: int) -> AffineCodes:
+    """Blocks of 144 bytes: f16 d and dmin, 12 bytes of eight 6-bit scales and minima, 128 bytes of 4-bit codes.
+
+    value = (d scale) q - dmin minimum, in groups of 32; two groups share 32 bytes, the first in the low nibbles.
+    """
+    blocks = raw.reshape(-1, 144)
+    d, least = (blocks[:, at : at + 2].copy().view("<f2").astype(np.float32) for at in (0, 2))
+    low, middle, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scale = np.concatenate([low & 63, (high & 15) | ((low >> 6) << 4)], axis=1).astype(np.float32)
+    minimum = np.concatenate([middle & 63, (high >> 4) | ((middle >> 6) << 4)], axis=1).astype(np.float32)
+    pairs = blocks[:, 16:].reshape(-1, 4, 32)
+    values = np.stack([pairs & 15, pairs >> 4], axis=2).reshape(-1, 256)
+    codes = (values[:, 0::2] | (values[:, 1::2] << 4)).view("<u4").reshape(-1, inner // 8)
+    groups = inner // 32
+    return AffineCodes(codes, (d * scale).reshape(-1, groups), (-least * minimum).reshape(-1, groups), 32, 4)
 
 
 class GgufSource:

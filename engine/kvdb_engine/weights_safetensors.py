@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from kvdb_engine.errors import ModelError
 from kvdb_engine.packing import E2M1, E4M3, F32
-from kvdb_engine.weights import HostTensor, Tensor
+from kvdb_engine.weights import AffineCodes, AffineTensor, HostTensor, Tensor, stack
 
 HEADER_LIMIT = 100 << 20  # the format's own limit for the JSON header
 _DTYPES = {
@@ -129,12 +130,18 @@ class ScaledTensor:
         spread = np.repeat(np.repeat(scale, rows, axis=0)[:out], columns, axis=1)[:, :inner]
         return np.ascontiguousarray(values * spread)
 
+    def affine(self) -> AffineCodes | None:
+        """See weights.Tensor."""
+        return None
+
 
 class SafetensorsSource:
     """A folder of safetensors files. Implements weights.TensorSource."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, quantization: Mapping[str, Any] | None = None) -> None:
+        """quantization: what config.json says under that name (MLX's form), if it does."""
         self.where = str(folder)
+        self._quantization = dict(quantization or {})
         self._entries: dict[str, Entry] = {}
         for path in weight_files(folder):
             self._entries.update(read_file(path))
@@ -151,6 +158,8 @@ class SafetensorsSource:
         entry = self._entries.get(f"{name}.weight", self._entries.get(name))
         if entry is None:
             return None
+        if entry.kind == "U32" and f"{name}.scales" in self._entries:
+            return AffineTensor(self._affine(name, entry))
         for suffix in (".scale", ".weight_scale_inv", ".weight_scale"):
             scale = self._entries.get(name + suffix)
             if scale is not None and len(scale.shape) == 2 and len(entry.shape) == 2:
@@ -159,14 +168,41 @@ class SafetensorsSource:
 
     def find_experts(self, layer: int, part: str) -> Tensor | None:
         """See weights.TensorSource."""
-        values: list[F32] = []
-        while (tensor := self.find(f"layers.{layer}.ffn.experts.{len(values)}.{part}")) is not None:
-            values.append(tensor.dense())
-        if not values:
+        stacked = self.find(f"layers.{layer}.ffn.experts.{part}")
+        if stacked is not None:
+            return stacked
+        found: list[Tensor] = []
+        while (tensor := self.find(f"layers.{layer}.ffn.experts.{len(found)}.{part}")) is not None:
+            found.append(tensor)
+        if not found:
             return None
-        if len({value.shape for value in values}) > 1:
+        if len({tensor.shape for tensor in found}) > 1:
             raise ModelError(f"{self.where}: experts of layer {layer} ({part}) differ in shape")
-        return HostTensor(np.stack(values))
+        return stack(found)
+
+    def _affine(self, name: str, entry: Entry) -> AffineCodes:
+        """A matrix that MLX's tools quantised: codes in .weight, and .scales and .biases."""
+        scales, biases = (self._entries.get(f"{name}.{part}") for part in ("scales", "biases"))
+        own = next(
+            (
+                self._quantization[key]
+                for key in (name, f"model.{name}")
+                if isinstance(self._quantization.get(key), dict)
+            ),
+            self._quantization,
+        )
+        group_size, bits = own.get("group_size"), own.get("bits")
+        if own.get("mode", "affine") != "affine" or scales is None or biases is None:
+            raise ModelError(f"{self.where}: {name} is quantised in a mode other than affine, which is not supported")
+        if not isinstance(group_size, int) or not isinstance(bits, int):
+            raise ModelError(f"{self.where}: config.json does not say how {name} is quantised (group_size, bits)")
+        inner = entry.shape[-1] * 32 // bits
+        if scales.shape != (*entry.shape[:-1], inner // group_size) or biases.shape != scales.shape:
+            raise ModelError(
+                f"{self.where}: {name} has codes {entry.shape} and scales {scales.shape}; config.json says "
+                f"{bits} bits in groups of {group_size}"
+            )
+        return AffineCodes(entry.values, scales.dense(), biases.dense(), group_size, bits)
 
 
 def weight_files(folder: Path) -> list[Path]:
