@@ -53,6 +53,12 @@ class RedisServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._end()
 
+    @property
+    def pid(self) -> int:
+        """Process id of the running server."""
+        assert self._process is not None, "redis-server is not running"
+        return self._process.pid
+
     def _end(self) -> None:
         if self._process:
             self._process.kill()

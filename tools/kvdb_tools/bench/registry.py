@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvdb_tools.bench import commands, eviction, session50
+from kvdb_tools.bench import commands, eviction, fork, prefix, replay, restore, sample, session50, snapshot, startup
 from kvdb_tools.bench.scenario import Scenario
 
 SCENARIOS: dict[str, Scenario] = {
@@ -11,6 +11,13 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("commands", "PING SET GET HSET against redis-server, by redis-benchmark", commands.run),
         Scenario("session50", "a 50-step session: bytes against whole-state files, FORK at 100 and 16,000 tokens",
                  session50.run),
+        Scenario("snapshot", "SNAPSHOT of a step at growing context, against whole-state files", snapshot.run),
+        Scenario("restore", "RESTORE warm and cold, against plain reads, whole-state files and Redis", restore.run),
+        Scenario("fork", "10,000 forks of a long state: time and bytes", fork.run),
+        Scenario("prefix", "PREFIX of a prompt of 1,000,000 tokens among many snapshots", prefix.run),
+        Scenario("sample", "SAMPLE and LOGITS from a stored snapshot of 129,280 logits", sample.run),
+        Scenario("startup", "seconds to PONG and memory with gigabytes stored", startup.run),
+        Scenario("replay", "agent traces, a snapshot a request: bytes against whole-state files", replay.run),
         Scenario("eviction", "simulated: tokens saved by each eviction policy on traces", eviction.run),
     )
 }  # fmt: skip

@@ -1,0 +1,142 @@
+"""What the scenarios at full geometry share: the synthetic model, made-up tokens, growing a session, timing.
+
+These scenarios drive a real daemon and its worker with `synthetic:dsv4-flash`: states of DeepSeek V4 Flash's exact
+shape and packing without the model (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kvdb_tools.bench.scenario import Settings
+from kvdb_tools.daemon import Caller
+
+MODEL = "synthetic:dsv4-flash"
+VOCAB = 129280
+STEP_TOKENS = 704  # the median step of the agent traces
+SIZES = (25_000, 100_000)
+FULL_SIZES = (*SIZES, 1_000_000)
+_CHUNK_TOKENS = 100_000
+
+U32 = npt.NDArray[np.uint32]
+
+
+def model_of(settings: Settings) -> str:
+    """A synthetic model the user named, else DeepSeek V4 Flash's geometry."""
+    return settings.model if "synthetic:" in settings.model else MODEL
+
+
+def sizes_of(settings: Settings) -> tuple[int, ...]:
+    """Context lengths to measure: 25k and 100k tokens; one million with --full."""
+    return SIZES[:1] if settings.quick else FULL_SIZES if settings.full else SIZES
+
+
+def made_up_ids(n_tokens: int, seed: int = 1, vocab: int = VOCAB) -> U32:
+    """Random token ids, the same for the same seed."""
+    return np.random.default_rng(seed).integers(0, vocab, n_tokens).astype(np.uint32)
+
+
+def token_words(ids: U32) -> list[bytes]:
+    """`TOKENS n id...` as the words of a command."""
+    return [b"TOKENS", b"%d" % len(ids), *(b"%d" % token for token in ids.tolist())]
+
+
+def grow(call: Caller, session: str, ids: U32, *, is_new: bool) -> None:
+    """Append tokens to a session in commands of 100,000, beginning it when it is new."""
+    for first in range(0, len(ids), _CHUNK_TOKENS):
+        command = "PREFILL" if is_new and first == 0 else "EXTEND"
+        call(command, session, *token_words(ids[first : first + _CHUNK_TOKENS]))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long one call takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def median_s(work: Callable[[], object], times: int) -> float:
+    """The median of several calls."""
+    return statistics.median(seconds(work) for _ in range(times))
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which a share of the values lies (nearest rank)."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def drop_cache(directory: Path) -> None:
+    """Ask the kernel to forget the pages of every file below a directory; they must be clean, so sync them first."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            handle = os.open(Path(folder) / name, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(handle)
+
+
+def read_plain(paths: list[Path], n_bytes: int) -> float:
+    """Read the first `n_bytes` of some files through one kept buffer, the fastest plain read; returns the seconds."""
+    buffer = bytearray(1 << 20)
+    began = time.perf_counter()
+    left = n_bytes
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while left > 0 and (got := file.readinto(memoryview(buffer)[: min(left, len(buffer))])):
+                left -= got
+    return time.perf_counter() - began
+
+
+def read_into_memory(paths: list[Path], n_bytes: int) -> float:
+    """Read the first `n_bytes` of some files into fresh memory of that size, and keep it; returns the seconds."""
+    began = time.perf_counter()
+    memory = memoryview(bytearray(n_bytes))
+    at = 0
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while at < n_bytes and (got := file.readinto(memory[at : at + (1 << 20)])):
+                at += got
+    return time.perf_counter() - began
+
+
+def segments_of(directory: Path) -> list[Path]:
+    """A data directory's segment files in order."""
+    return sorted((directory / "segments").glob("*.seg"))
+
+
+def io_written(pids: list[int]) -> int:
+    """Bytes that processes have handed to the block layer since they began (Linux), 0 where that is not known."""
+    total = 0
+    for pid in pids:
+        try:
+            text = Path(f"/proc/{pid}/io").read_text(encoding="ascii")
+        except OSError:
+            continue
+        total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("write_bytes"))
+    return total
+
+
+def peak_rss(pid: int) -> int:
+    """The largest resident memory a process ever had, in bytes; 0 where that is not known."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of a process's children: a daemon's engine workers."""
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+    except OSError:
+        return []

@@ -1,0 +1,83 @@
+"""FORK of a long state: its time, durable when answered, and the bytes a fork takes."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from kvdb_tools.bench import flash
+from kvdb_tools.bench.ds4_files import ds4_file_bytes
+from kvdb_tools.bench.scenario import Cell, Result, Settings
+from kvdb_tools.cli.connection import Connection
+from kvdb_tools.daemon import Caller, Daemon, disk_bytes
+
+FORKS = 10_000
+QUICK_FORKS = 500
+BATCH = 100
+
+
+def run(settings: Settings) -> Result:
+    """Fork a snapshot and a live session one by one, then in commands of a hundred."""
+    n_tokens = flash.sizes_of(settings)[-1]
+    n_forks = QUICK_FORKS if settings.quick else FORKS
+    directory = settings.scratch / "kvdb"
+    result = Result(
+        f"FORK at {n_tokens:,} tokens", ("what", "forks", "p50 ms", "p99 ms", "in the daemon p50 ms", "bytes a fork")
+    )
+    daemon = Daemon(directory, {"model": flash.model_of(settings), "slowlog-log-slower-than": "0"})
+    with daemon, Connection(daemon.target) as connection:
+        call = Caller(connection)
+        settings.say(f"prefilling {n_tokens:,} tokens ...")
+        flash.grow(call, "agent", flash.made_up_ids(n_tokens), is_new=True)
+        call("SNAPSHOT", "agent", "state")
+        for source in ("state", "agent"):
+            what = "of the snapshot" if source == "state" else "of the live session"
+            settings.say(f"{n_forks:,} forks {what} ...")
+            result.rows.append([what, *_forks(call, directory, source, n_forks)])
+        began = time.perf_counter()
+        before = disk_bytes(directory)
+        for number in range(0, n_forks, BATCH):
+            call("FORK", "state", *(f"many:{number + one}" for one in range(BATCH)))
+        each = (time.perf_counter() - began) / n_forks * 1e3
+        grown = (disk_bytes(directory) - before) / n_forks
+        result.rows.append([f"of the snapshot, {BATCH} a command", n_forks, each, None, None, grown])
+    floor = [_sync_s(settings.scratch / "floor") for _ in range(200)]
+    result.rows.append(["floor: append 4 KiB + fdatasync, twice", 200, flash.percentile(floor, 0.5) * 1e3,
+                        flash.percentile(floor, 0.99) * 1e3, None, None])  # fmt: skip
+    result.rows.append(["a copy of ds4's file would be", None, None, None, None, float(ds4_file_bytes(n_tokens))])
+    result.notes.append("one client, one fork at a time, each on disk when it is answered (a commit is two syncs);")
+    result.notes.append("in the daemon: SLOWLOG, without the client and the socket. bytes: growth of the directory")
+    return result
+
+
+def _forks(call: Caller, directory: Path, source: str, n_forks: int) -> list[Cell]:
+    call("SLOWLOG", "RESET")
+    before = disk_bytes(directory)
+    times = []
+    for number in range(n_forks):
+        began = time.perf_counter()
+        call("FORK", source, f"fork:{source}:{number}")
+        times.append((time.perf_counter() - began) * 1e3)
+    grown = (disk_bytes(directory) - before) / n_forks
+    return [n_forks, flash.percentile(times, 0.5), flash.percentile(times, 0.99), slowlog_p50_ms(call, b"FORK"), grown]
+
+
+def slowlog_p50_ms(call: Caller, command: bytes) -> float:
+    """Median duration of the last commands of a name, as the daemon itself saw them."""
+    entries = [entry for entry in call.list("SLOWLOG", "GET", 128) if isinstance(entry, list)]
+    times = [float(entry[2]) for entry in entries if entry[3][0].upper() == command]
+    return flash.percentile(times, 0.5) / 1e3 if times else 0.0
+
+
+def _sync_s(path: Path) -> float:
+    """Seconds for what a durable commit cannot do without: two syncs after two small writes."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        began = time.perf_counter()
+        for _ in range(2):
+            os.write(handle, bytes(4096))
+            os.fdatasync(handle)
+        return time.perf_counter() - began
+    finally:
+        os.close(handle)

@@ -1,0 +1,80 @@
+"""PREFIX of a long prompt in a store with many snapshots."""
+
+from __future__ import annotations
+
+import time
+
+from kvdb_tools.bench import flash
+from kvdb_tools.bench.fork import slowlog_p50_ms
+from kvdb_tools.bench.scenario import Cell, Result, Settings
+from kvdb_tools.cli.connection import Connection
+from kvdb_tools.daemon import Caller, CommandError, Daemon, as_int
+
+# The lookup sees tokens and hashes, never rows: a geometry with tiny tails makes room for many snapshots.
+MODEL = "synthetic:dsv4-flash,layers=3,head_dim=128,index_dim=64,window=4,vocab=1000,page_tokens=256"
+VOCAB = 1000
+PROMPT_TOKENS = 1_000_000
+SNAPSHOTS = 10_000
+FULL_SNAPSHOTS = 100_000
+BRANCHES = 64
+REPEATS = 7
+
+
+def run(settings: Settings) -> Result:
+    """Store a long state and many that branch off it, then look prompts up."""
+    n_tokens = 100_000 if settings.quick else PROMPT_TOKENS
+    n_snapshots = 500 if settings.quick else FULL_SNAPSHOTS if settings.full else SNAPSHOTS
+    result = Result(
+        f"PREFIX, {n_snapshots:,} snapshots stored",
+        ("prompt", "tokens", "of them stored", "in the daemon ms", "round trip ms"),
+    )
+    daemon = Daemon(
+        settings.scratch / "kvdb", {"model": MODEL, "slowlog-log-slower-than": "0", "appendfsync": "everysec"}
+    )
+    with daemon, Connection(daemon.target) as connection:
+        call = Caller(connection)
+        ids = flash.made_up_ids(n_tokens, vocab=VOCAB)
+        settings.say(f"prefilling {n_tokens:,} tokens ...")
+        step = n_tokens // BRANCHES
+        for branch in range(BRANCHES):
+            flash.grow(call, "trunk", ids[branch * step : (branch + 1) * step], is_new=branch == 0)
+            call("SNAPSHOT", "trunk", f"trunk:{branch}")
+        flash.grow(call, "trunk", ids[BRANCHES * step :], is_new=False)
+        call("SNAPSHOT", "trunk", "trunk:end")
+        _branches(settings, call, n_snapshots)
+        other = flash.made_up_ids(n_tokens, seed=2, vocab=VOCAB)
+        half = ids.copy()
+        half[n_tokens // 2 :] = other[n_tokens // 2 :]
+        for name, prompt in (("stored whole", ids), ("stored to the half", half), ("not stored", other)):
+            result.rows.append([name, n_tokens, *_look_up(call, prompt)])
+    result.notes.append(f"medians of {REPEATS}; in the daemon: SLOWLOG, parsing of the ids included, reading from the")
+    result.notes.append("socket not; round trip: with a client that sends a million ids as words")
+    return result
+
+
+def _branches(settings: Settings, call: Caller, n_snapshots: int) -> None:
+    """Many snapshots: each goes on from a snapshot of the trunk with tokens of its own."""
+    began = time.perf_counter()
+    for number in range(n_snapshots - BRANCHES - 1):
+        if number % 100 == 0:
+            call("RESTORE", f"trunk:{number // 100 % BRANCHES}", "branch", "REPLACE")
+        call("EXTEND", "branch", "TOKENS", 2, number % VOCAB, number // VOCAB)
+        call("SNAPSHOT", "branch", f"branch:{number}")
+        if number % 1000 == 999:
+            settings.say(f"{number + 1:,} snapshots, {time.perf_counter() - began:.0f} s")
+
+
+def _look_up(call: Caller, prompt: flash.U32) -> list[Cell]:
+    words = flash.token_words(prompt)
+    call("SLOWLOG", "RESET")
+    times = []
+    found = 0
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        reply = call("PREFIX", *words)
+        times.append((time.perf_counter() - began) * 1e3)
+        if isinstance(reply, dict):
+            found = as_int(reply["tokens"])
+        elif reply is not None:
+            raise CommandError(f"PREFIX answered {reply!r}")
+    return [found, slowlog_p50_ms(call, b"PREFIX"), flash.percentile(times, 0.5)]

@@ -1,0 +1,105 @@
+"""RESTORE of whole states, warm and cold, beside plain reads of the same bytes, whole-state files and Redis."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from kvdb_tools.bench import flash
+from kvdb_tools.bench.ds4_files import ds4_file_bytes, noise, write_file
+from kvdb_tools.bench.redis_bytes import RedisBytes
+from kvdb_tools.bench.redis_server import RedisServer
+from kvdb_tools.bench.scenario import Bars, Result, Settings
+from kvdb_tools.cli.connection import Connection
+from kvdb_tools.daemon import Caller, Daemon, as_int
+
+REPEATS = 7
+REDIS_TOKENS = 25_000
+
+
+def run(settings: Settings) -> Result:
+    """Measure each size on a daemon of its own, so that the state lies alone in its segments."""
+    columns = ("tokens", "MB", "warm ms", "warm GB/s", "of plain %", "of fresh %", "cold ms", "cold GB/s", "of plain %")
+    result = Result("RESTORE", (*columns, "ds4 warm ms", "ds4 cold ms", "Redis GET ms", "daemon MB", "worker MB"))
+    for n_tokens in (2048, *flash.sizes_of(settings)):
+        settings.say(f"{n_tokens:,} tokens ...")
+        _measure(settings, result, n_tokens)
+    result.notes += [
+        f"medians of {REPEATS} (cold: of 3), every byte read and checked into a live session; plain: the same bytes",
+        "read through one kept 1 MiB buffer; fresh: into fresh memory. ds4: plain read of a whole-state file. Redis",
+        "GET: ds4's payload over loopback into a kept buffer. MB of daemon and worker: most resident memory ever",
+    ]
+    result.bars = Bars(
+        "GB/s",
+        [f"{row[0]:,} tokens" for row in result.rows],
+        {"warm": [_float(row[3]) for row in result.rows], "cold": [_float(row[7]) for row in result.rows]},
+    )
+    return result
+
+
+def _measure(settings: Settings, result: Result, n_tokens: int) -> None:
+    directory = settings.scratch / f"kvdb-{n_tokens}"
+    daemon = Daemon(directory, {"model": flash.model_of(settings)})
+    with daemon, Connection(daemon.target) as connection:
+        call = Caller(connection)
+        flash.grow(call, "agent", flash.made_up_ids(n_tokens), is_new=True)
+        call("SNAPSHOT", "agent", "state")
+        call("DEL", "agent")
+        call("ENGINE", "UNLOAD")
+        n_bytes = as_int(call.map("RESTORE", "state", "again", "REPLACE")["bytes_read"])
+        segments = flash.segments_of(directory)
+
+        def restore() -> None:
+            call("RESTORE", "state", "again", "REPLACE")
+
+        # Alternating, so that a drift of the machine hits all alike.
+        warm, plain, fresh = [], [], []
+        for _ in range(REPEATS):
+            warm.append(flash.seconds(restore))
+            plain.append(flash.read_plain(segments, n_bytes))
+            fresh.append(flash.read_into_memory(segments, n_bytes))
+        cold, plain_cold = [], []
+        for _ in range(3):
+            flash.drop_cache(directory)
+            cold.append(flash.seconds(restore))
+            flash.drop_cache(directory)
+            plain_cold.append(flash.read_plain(segments, n_bytes))
+        peaks = [flash.peak_rss(daemon.pid), *map(flash.peak_rss, flash.children_of(daemon.pid))]
+    warm_s, plain_s, fresh_s = map(statistics.median, (warm, plain, fresh))
+    cold_s, plain_cold_s = map(statistics.median, (cold, plain_cold))
+    ds4_warm, ds4_cold, redis_s = _baselines(settings, n_tokens)
+    result.rows.append(
+        [
+            *(n_tokens, n_bytes / 1e6, warm_s * 1e3, n_bytes / warm_s / 1e9),
+            *(100 * plain_s / warm_s, 100 * fresh_s / warm_s),
+            *(cold_s * 1e3, n_bytes / cold_s / 1e9, 100 * plain_cold_s / cold_s, ds4_warm * 1e3, ds4_cold * 1e3),
+            *(redis_s * 1e3 if redis_s else None, peaks[0] / 1e6, sum(peaks[1:]) / 1e6),
+        ]
+    )
+
+
+def _baselines(settings: Settings, n_tokens: int) -> tuple[float, float, float | None]:
+    """Seconds to read a whole-state file warm and cold, and of Redis' GET of it at one size."""
+    n_bytes = ds4_file_bytes(n_tokens)
+    folder = settings.scratch / "ds4"
+    folder.mkdir(exist_ok=True)
+    path = folder / "state.kv"
+    write_file(path, n_bytes, noise(), sync=True)
+    flash.read_plain([path], n_bytes)
+    warm_s = flash.median_s(lambda: flash.read_plain([path], n_bytes), 3)
+    flash.drop_cache(folder)
+    cold_s = flash.read_plain([path], n_bytes)
+    path.unlink()
+    if n_tokens != REDIS_TOKENS:
+        return warm_s, cold_s, None
+    return warm_s, cold_s, _redis_get(settings.scratch / "redis", n_bytes)
+
+
+def _redis_get(directory: Path, n_bytes: int) -> float:
+    with RedisServer(directory, "no") as server, RedisBytes(server.target.port) as redis:
+        redis.set("state", n_bytes, noise())
+        return statistics.median(redis.get("state")[1] for _ in range(REPEATS))
+
+
+def _float(cell: object) -> float:
+    return float(cell) if isinstance(cell, int | float) else 0.0
