@@ -7,6 +7,7 @@ commit a snapshot is *doomed*: holding it fails, as if it were gone already.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from kvdb.errors import SnapshotGoneError
 from kvdb.store.index import Table, Txn
@@ -22,6 +23,7 @@ class Holds:
         self._readers: dict[bytes, int] = {}
         self._doomed: set[bytes] = set()
         self._deferred: set[bytes] = set()
+        self._barriers: list[tuple[set[bytes], Callable[[], object]]] = []
 
     def hold(self, snapshot_id: bytes) -> None:
         """Keep a snapshot from being freed. Raises SnapshotGoneError if it is being freed."""
@@ -37,10 +39,25 @@ class Holds:
             if left:
                 self._readers[snapshot_id] = left
                 return False
+            for readers, _ in self._barriers:
+                readers.discard(snapshot_id)
+            self._pass_barriers()
             if snapshot_id in self._deferred:
                 self._deferred.discard(snapshot_id)
                 return True
             return False
+
+    def when_free(self, call: Callable[[], object]) -> None:
+        """Call once every snapshot that is held now has been free for a moment: whoever reads now is done then."""
+        with self._lock:
+            self._barriers.append((set(self._readers), call))
+            self._pass_barriers()
+
+    def _pass_barriers(self) -> None:
+        passed = [call for readers, call in self._barriers if not readers]
+        self._barriers = [barrier for barrier in self._barriers if barrier[0]]
+        for call in passed:
+            call()
 
     def is_held(self, snapshot_id: bytes) -> bool:
         """Whether someone reads it now."""

@@ -172,10 +172,12 @@ class Segments:
         with self._lock:
             self._due[segment_id] += 1
 
-    def resolved(self, segment_id: int) -> None:
-        """A due commit is over."""
+    def resolved(self, segment_id: int, *, may_be_empty: bool = False) -> None:
+        """A due commit is over. may_be_empty: the next round shall look whether anything is left in the segment."""
         with self._lock:
             self._due[segment_id] -= 1
+            if may_be_empty:
+                self._retired.add(segment_id)
             if not self._due[segment_id]:
                 del self._due[segment_id]
                 if (full := self._full.pop(segment_id, None)) is not None:
