@@ -69,6 +69,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)
+	$(BIN)/python -m kvdb.commands.reference --check docs/commands.md
 	$(BIN)/python -m kvdb_tools.doccheck .
 
 clean:
