@@ -63,13 +63,16 @@ class Backend:
         """Take over what CONFIG SET may change."""
         self.sessions.cross_quant = config.text("cross-quant") == "allow"
         self.sessions.cache_bytes = config.number("engine-cache-bytes")
+        for model in self.models.values():
+            model.client.queue_limit = config.number("engine-queue-limit")
         self.store.budget.configure(config.number("maxstore"), config.text("maxstore-policy"))
 
     async def _rounds(self, config: Config) -> None:
-        """Put idle engines to rest and forget sessions that are gone."""
+        """End engines that hang, put idle ones to rest, forget sessions that are gone."""
         while True:
             await asyncio.sleep(_ROUND_S)
             try:
+                self._end_hanging(config.number("engine-hang-timeout"))
                 await self.sessions.sweep()
                 timeout_s = config.number("engine-idle-timeout")
                 if timeout_s:
@@ -78,6 +81,12 @@ class Backend:
                 log.warning("engine round: %s", error.wire)
             except Exception:
                 log.exception("engine round failed")
+
+    def _end_hanging(self, timeout_s: int) -> None:
+        for model in self.models.values():
+            if timeout_s and model.client.silent_for() > timeout_s:
+                log.error("engine worker of %s said nothing for %d s: killed", model.info.name, timeout_s)
+                model.client.kill()
 
     async def close(self) -> None:
         """Store live sessions (reason `shutdown`), make everything durable, close."""

@@ -147,6 +147,8 @@ PARAMETERS: dict[str, Parameter] = {
         _p("cross-quant", "choice", "allow", "share states across quantisations", choices=("allow", "deny")),
         _p("engine-idle-timeout", "seconds", 600, "end an engine that is idle for so many seconds, 0 for never"),
         _p("engine-cache-bytes", "bytes", 1 << 30, "bytes of live states an engine may keep"),
+        _p("engine-queue-limit", "int", 1000, "requests that may wait for an engine; more are answered BUSY", low=1),
+        _p("engine-hang-timeout", "seconds", 300, "kill an engine that is silent for so long under work, 0 for never"),
         # looking
         _p("notify-keyspace-events", "events", "", "classes of keyspace events to publish"),
         _p("slowlog-log-slower-than", "int", 10000, "microseconds; negative for none", low=-1),

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvdb.errors import CancelledError, CorruptError, EngineDownError, KvdbError, NoEngineError, NoSpaceError
+from kvdb.errors import BusyError, CancelledError, CorruptError, EngineDownError, KvdbError, NoEngineError, NoSpaceError
 from kvdb_protocol.frames import FrameReader, Message, encode_frame
 
 log = logging.getLogger("kvdb.engine")
@@ -37,7 +37,7 @@ _ERRORS: dict[str, type[KvdbError]] = {
 class _Request:
     """A request under way: where its events go."""
 
-    __slots__ = ("future", "on_event", "op", "seen", "sid")
+    __slots__ = ("done", "future", "on_event", "op", "sid", "started", "total")
 
     def __init__(
         self, op: str, sid: bytes | None, future: asyncio.Future[Message], on_event: EventHandler | None
@@ -46,7 +46,8 @@ class _Request:
         self.sid = sid
         self.future = future
         self.on_event = on_event
-        self.seen = time.monotonic()
+        self.started = time.monotonic()
+        self.done = self.total = 0
 
 
 class EngineClient:
@@ -60,8 +61,10 @@ class EngineClient:
         self.stats: dict[str, Any] = {}
         self.resident_bytes = 0
         self.starts = 0
+        self.queue_limit = 1000
         self.last_used = time.monotonic()
         self.started_at = 0.0
+        self._heard = 0.0
         self._writer: asyncio.StreamWriter | None = None
         self._requests: dict[int, _Request] = {}
         self._next = 0
@@ -141,10 +144,10 @@ class EngineClient:
         await self._down(reason)
 
     def _deliver(self, message: Message) -> None:
+        self._heard = time.monotonic()
         request = self._requests.get(message["id"])
         if request is None:
             return
-        request.seen = time.monotonic()
         if message["ev"] == "done":
             self.resident_bytes = message["bytes"]
             del self._requests[message["id"]]
@@ -155,8 +158,13 @@ class EngineClient:
             error = _ERRORS.get(message["word"], KvdbError)(message["message"])
             if not request.future.done():
                 request.future.set_exception(error)
-        elif request.on_event:
-            request.on_event(message)
+        else:
+            if message["ev"] == "progress":
+                request.done, request.total = message["done"], message["total"]
+            else:
+                request.done += 1
+            if request.on_event:
+                request.on_event(message)
 
     async def _down(self, reason: str) -> None:
         """The worker is gone: its states with it. Fail what waits; callers may retry."""
@@ -194,6 +202,10 @@ class EngineClient:
         """
         await self.start()
         assert self._writer is not None
+        if op in CANCELLABLE and len(self._requests) >= self.queue_limit:
+            raise BusyError(
+                f"{len(self._requests)} requests wait for the engine already (engine-queue-limit): try later"
+            )
         self._next += 1
         number = self._next
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
@@ -225,9 +237,16 @@ class EngineClient:
         return len(found)
 
     def silent_for(self) -> float:
-        """Seconds since the longest-waiting request last heard from the worker; 0 without requests."""
+        """Seconds in which requests waited and the worker said nothing at all; 0 without requests."""
+        if not self._requests:
+            return 0.0
+        oldest = min(request.started for request in self._requests.values())
+        return time.monotonic() - max(self._heard, oldest)
+
+    def requests(self) -> list[tuple[bytes | None, str, int, int, float]]:
+        """(session uid, op, tokens done, tokens in all or 0, seconds) of each request under way, oldest first."""
         now = time.monotonic()
-        return max((now - request.seen for request in self._requests.values()), default=0.0)
+        return [(r.sid, r.op, r.done, r.total, now - r.started) for r in self._requests.values()]
 
     def kill(self) -> None:
         """End a hanging worker; its requests fail with EngineDownError."""

@@ -37,7 +37,8 @@ async def unload(client: Client, raw: list[bytes]) -> Reply:
 @handler("ENGINE STATUS")
 def status(client: Client, raw: list[bytes]) -> Reply:
     """ENGINE STATUS [model]: whether a worker runs, what it holds and what it is doing. Starts nothing."""
-    model = client.server.sessions.model(_name(raw))
+    sessions = client.server.sessions
+    model = sessions.model(_name(raw))
     worker = model.client
     return {
         "model": model.info.name,
@@ -45,8 +46,17 @@ def status(client: Client, raw: list[bytes]) -> Reply:
         "pid": worker.process.pid if worker.process is not None else None,
         "uptime_s": round(time.monotonic() - worker.started_at, 1) if worker.running else 0,
         "starts": worker.starts,
-        "requests": worker.pending,
-        "resident_sessions": client.server.sessions.n_resident(model),
+        "requests": [
+            {
+                "session": sessions.open[sid].place[1] if sid in sessions.open else None,
+                "op": op,
+                "done": done,
+                "total": total,
+                "seconds": round(seconds, 3),
+            }
+            for sid, op, done, total, seconds in worker.requests()
+        ],
+        "resident_sessions": sessions.n_resident(model),
         "resident_bytes": worker.resident_bytes,
         "rss_bytes": worker.rss_bytes(),
         "backend": {str(name): value for name, value in worker.stats.items()},

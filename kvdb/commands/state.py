@@ -9,14 +9,16 @@ import logging
 import secrets
 import time
 from array import array
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvdb import branches, storing, timelines
-from kvdb.commands.arguments import Arguments, unknown_option
+from kvdb.commands.arguments import Arguments, integer, unknown_option
 from kvdb.commands.registry import handler
-from kvdb.errors import KvdbError
+from kvdb.errors import CancelledError, KvdbError
 from kvdb.session import Model, ids_array
 from kvdb.store.entries import Entry, EntryType, SessionValue, SnapshotValue
 from kvdb_engine.chat import ChatError, chat_ids
@@ -110,10 +112,25 @@ class Progress:
             self.client.push("progress", self.name, done, total)
 
 
+@asynccontextmanager
+async def deadline(ms: int) -> AsyncIterator[None]:
+    """Cancel the work inside after `ms` milliseconds, at its next chunk; 0 for never."""
+    try:
+        async with asyncio.timeout(ms / 1e3 if ms else None):
+            yield
+    except TimeoutError:
+        raise CancelledError(f"the deadline of {ms} ms passed; the session stays at its last complete token") from None
+
+
+def read_deadline(options: dict[bytes, bytes]) -> int:
+    """The DEADLINE option in milliseconds, 0 without it."""
+    return integer(options.get(b"DEADLINE", b"0"), "DEADLINE", 0, 1 << 40)
+
+
 @handler("PREFILL")
 async def prefill(client: Client, raw: list[bytes]) -> Reply:
-    """PREFILL session TEXT t | TOKENS n id... | CHAT json [MODEL m] [REUSE YES|NO|ONLY]."""
-    prompt, options = parse_prompt(client, raw[1:], (b"MODEL", b"REUSE"))
+    """PREFILL session TEXT t | TOKENS n id... | CHAT json [MODEL m] [REUSE YES|NO|ONLY] [DEADLINE ms]."""
+    prompt, options = parse_prompt(client, raw[1:], (b"MODEL", b"REUSE", b"DEADLINE"))
     reuse = options.get(b"REUSE", b"YES").upper().decode(errors="replace")
     if reuse not in ("YES", "NO", "ONLY"):
         raise KvdbError("REUSE must be YES, NO or ONLY")
@@ -121,19 +138,21 @@ async def prefill(client: Client, raw: list[bytes]) -> Reply:
     name = options[b"MODEL"].decode(errors="replace") if b"MODEL" in options else None
     model = sessions.model_for(client.db, raw[0], name)
     ids = prompt_ids(model, prompt, is_start=True)
-    reply = await timelines.prefill(sessions, client.db, raw[0], model, ids, reuse, Progress(client, raw[0]))
+    async with deadline(read_deadline(options)):
+        reply = await timelines.prefill(sessions, client.db, raw[0], model, ids, reuse, Progress(client, raw[0]))
     client.server.changed(client.db, raw[0], "prefill", "g")
     return reply
 
 
 @handler("EXTEND")
 async def extend(client: Client, raw: list[bytes]) -> Reply:
-    """EXTEND session TEXT t | TOKENS n id... | CHAT json."""
-    prompt, _ = parse_prompt(client, raw[1:], ())
+    """EXTEND session TEXT t | TOKENS n id... | CHAT json [DEADLINE ms]."""
+    prompt, options = parse_prompt(client, raw[1:], (b"DEADLINE",))
     sessions = client.server.sessions
     session = await sessions.get(client.db, raw[0])
     ids = prompt_ids(session.model, prompt, is_start=False)
-    reply = await timelines.extend(sessions, client.db, raw[0], ids, Progress(client, raw[0]))
+    async with deadline(read_deadline(options)):
+        reply = await timelines.extend(sessions, client.db, raw[0], ids, Progress(client, raw[0]))
     client.server.changed(client.db, raw[0], "extend", "g")
     return reply
 
@@ -161,12 +180,12 @@ def read_sampling(args: Arguments, word: bytes, fields: dict[str, Any]) -> bool:
 
 @handler("GENERATE")
 async def generate(client: Client, raw: list[bytes]) -> Reply:
-    """GENERATE session [MAXTOKENS n] [sampling] [STOP n s...] [STREAM]."""
+    """GENERATE session [MAXTOKENS n] [sampling] [STOP n s...] [STREAM] [DEADLINE ms]."""
     args = Arguments(raw)
     name = args.next()
     fields: dict[str, Any] = {}
     stops: list[bytes] = []
-    max_tokens, stream = MAX_TOKENS_DEFAULT, False
+    max_tokens, stream, limit_ms = MAX_TOKENS_DEFAULT, False, 0
     while args:
         word = args.word()
         if word == b"MAXTOKENS":
@@ -177,13 +196,16 @@ async def generate(client: Client, raw: list[bytes]) -> Reply:
                 raise KvdbError("a stop string is empty")
         elif word == b"STREAM":
             stream = True
+        elif word == b"DEADLINE":
+            limit_ms = args.integer("DEADLINE", 0, 1 << 40)
         elif not read_sampling(args, word, fields):
             raise unknown_option(word)
     sampling = Sampling(**{"seed": secrets.randbits(63), **fields})
     sessions = client.server.sessions
     session = await sessions.get(client.db, name)
     on_token = stream_to(client, name, session.model) if stream else None
-    reply = await timelines.generate(sessions, client.db, name, max_tokens, sampling, stops, on_token)
+    async with deadline(limit_ms):
+        reply = await timelines.generate(sessions, client.db, name, max_tokens, sampling, stops, on_token)
     client.server.changed(client.db, name, "generate", "g")
     return reply
 

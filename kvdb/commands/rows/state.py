@@ -23,13 +23,14 @@ def _row(
 
 
 ROWS = (
-    _row("PREFILL", -4, "write denyoom no_multi", (1, 1, 1), f"session {_INPUT} [MODEL model] [REUSE YES|NO|ONLY]",
+    _row("PREFILL", -4, "write denyoom no_multi", (1, 1, 1),
+         f"session {_INPUT} [MODEL model] [REUSE YES|NO|ONLY] [DEADLINE ms]",
          "Makes the session's timeline exactly this; reuses the longest live or stored prefix",
          "O(N) in the tokens that are not reused", _ENGINE_ERRORS),
-    _row("EXTEND", -4, "write denyoom no_multi", (1, 1, 1), "session TEXT text|TOKENS count id [id ...]",
+    _row("EXTEND", -4, "write denyoom no_multi", (1, 1, 1), f"session {_INPUT} [DEADLINE ms]",
          "Appends to the session's timeline", "O(N) in the appended tokens", _ENGINE_ERRORS),
     _row("GENERATE", -2, "write denyoom no_multi", (1, 1, 1),
-         f"session [MAXTOKENS n] {_SAMPLING} [STOP count string [string ...]] [STREAM]",
+         f"session [MAXTOKENS n] {_SAMPLING} [STOP count string [string ...]] [STREAM] [DEADLINE ms]",
          "Decodes tokens and appends them to the session's timeline", "O(N) in the generated tokens", _ENGINE_ERRORS),
     _row("SNAPSHOT", -3, "write denyoom no_multi", (1, 2, 1),
          "session key [META count field value [field value ...]] [EX seconds|PX milliseconds] [NX|XX] [PIN] [ASYNC]",
