@@ -6,7 +6,7 @@ import pytest
 
 from kvdb_tools.cli.connection import Connection, RefusedError, Target
 from kvdb_tools.cli.reply import ErrorReply, Push, Status
-from kvdb_tools.cli.run import Output, Runner
+from kvdb_tools.cli.run import Output, Runner, follow
 
 STREAMED = (
     b">4\r\n$8\r\nprogress\r\n$1\r\ns\r\n:1\r\n:2\r\n"
@@ -107,3 +107,42 @@ def test_without_a_login_one_may_still_authenticate(fake_server) -> None:
 def test_a_server_that_was_told_to_end_need_not_answer(fake_server) -> None:
     fake_server.answers[b"SHUTDOWN"] = b"CLOSE"
     assert runner(fake_server, "raw")[0].run([b"SHUTDOWN"]) == 0
+
+
+def test_a_new_connection_stands_where_the_lost_one_stood(fake_server) -> None:
+    fake_server.answers |= {b"SELECT": b"+OK\r\n", b"AUTH": b"+OK\r\n", b"PING": b"CLOSE"}
+    run, _ = runner(fake_server, "raw")
+    run.run([b"select", b"3"])
+    run.run([b"AUTH", b"me", b"secret"])
+    assert str(run.target).endswith("[3]")
+    with pytest.raises(ConnectionError):
+        run.run([b"PING"])
+    fake_server.answers[b"PING"] = b"+PONG\r\n"
+    run.run([b"PING"])
+    assert fake_server.commands[-3:] == [[b"HELLO", b"3", b"AUTH", b"me", b"secret"], [b"SELECT", b"3"], [b"PING"]]
+
+
+def test_a_refused_select_changes_nothing(fake_server) -> None:
+    fake_server.answers[b"SELECT"] = b"-ERR DB index is out of range\r\n"
+    run, _ = runner(fake_server, "raw")
+    run.run([b"SELECT", b"99"])
+    assert run.target.database == 0
+
+
+def test_what_reset_and_hello_leave() -> None:
+    target = Target(user="me", password="x", database=3)
+    assert follow(target, [b"RESET"]) == Target(protocol=2)
+    assert follow(target, [b"HELLO", b"2"]).protocol == 2
+    assert follow(target, [b"GET", b"k"]) is target
+
+
+def test_messages_of_a_subscription_are_shown_as_they_come(fake_server) -> None:
+    def answer(words: list[bytes]) -> bytes:
+        return b">3\r\n+subscribe\r\n+c\r\n:1\r\n>3\r\n+message\r\n+c\r\n$2\r\nhi\r\n"
+
+    fake_server.answers[b"SUBSCRIBE"] = answer
+    out = io.BytesIO()
+    run = Runner(Target(port=fake_server.port), Output("people", False), timeout=0.3, out=out)
+    with pytest.raises(TimeoutError):
+        run.run([b"SUBSCRIBE", b"c"])
+    assert out.getvalue().decode().endswith('1) message\n2) c\n3) "hi"\n')

@@ -53,9 +53,9 @@ class Target:
 
     def __str__(self) -> str:
         """How the prompt and messages name it."""
-        if self.unixsocket:
-            return self.unixsocket
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        where = self.unixsocket or f"{host}:{self.port}"
+        return f"{where}[{self.database}]" if self.database else where
 
 
 class RefusedError(ConnectionError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, Literal
 
 from kvdb_tools.cli.connection import Connection, Target
@@ -31,6 +31,24 @@ class Output:
     streams: bool
 
 
+def follow(target: Target, words: Sequence[bytes]) -> Target:
+    """Where a connection stands after a command that went well."""
+    texts = [word.decode(errors="replace") for word in words]
+    match [texts[0].upper(), *texts[1:]]:
+        case ["SELECT", number]:
+            return replace(target, database=int(number))
+        case ["AUTH", password]:
+            return replace(target, user=None, password=password)
+        case ["AUTH", user, password]:
+            return replace(target, user=user, password=password)
+        case ["RESET"]:
+            return replace(target, database=0, user=None, password=None, protocol=2)
+        case ["HELLO", ("2" | "3") as version, *_]:
+            return replace(target, protocol=int(version))
+        case _:
+            return target
+
+
 class Runner:
     """Sends commands, shows what comes back, returns an exit status for each."""
 
@@ -38,7 +56,7 @@ class Runner:
         self, target: Target, output: Output, timeout: float | None = None, out: BinaryIO | None = None
     ) -> None:
         """Nothing is connected before the first command. `out` is standard output unless given."""
-        self.target = target
+        self.target = target  # follows SELECT and AUTH, so that a new connection stands where the lost one stood
         self.output = output
         self._timeout = timeout
         self._out = out or sys.stdout.buffer
@@ -77,6 +95,8 @@ class Runner:
             raise
         finally:
             watcher.finish()
+        if not isinstance(reply, ErrorReply):
+            self.target = follow(self.target, words)
         streamed = watcher.n_tokens > 0
         if streamed and self.output.style == "raw" and not isinstance(reply, ErrorReply):
             return 0

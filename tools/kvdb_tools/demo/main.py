@@ -58,7 +58,8 @@ def run(console: Console, directory: Path, model: str, tokens: int, as_json: boo
             daemon.stop()
     if not problem:
         stage.check("kvdb-check --deep finds nothing", _is_clean(directory))
-    console.print(table(stage.report))
+    if stage.report.acts:
+        console.print(table(stage.report))
     if as_json:
         print(json.dumps(stage.report.as_dict(), indent=1))
     if problem:
