@@ -86,6 +86,7 @@ class Committer:
         self._wanted = False
         self._running: asyncio.Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "kvdb-commit")
+        self._is_closed = False
         self.rounds = 0
         with index.read() as txn:
             rows = txn.segments().values()
@@ -111,7 +112,9 @@ class Committer:
         return self.submit(_nothing)
 
     def kick(self) -> None:
-        """Start a round as soon as none is running."""
+        """Start a round as soon as none is running. Does nothing once closed."""
+        if self._is_closed:
+            return
         self._wanted = True
         if self._running is None:
             self._running = self._loop.create_future()
@@ -122,8 +125,13 @@ class Committer:
         while self._running is not None:
             await asyncio.shield(self._running)
 
+    def in_thread(self, function: Callable[[], None]) -> None:
+        """Run something between two rounds, in the commit thread."""
+        self._thread.submit(function)
+
     def close(self) -> None:
         """Stop the commit thread; `idle` must have returned."""
+        self._is_closed = True
         self._thread.shutdown(wait=True)
 
     def _start(self) -> None:

@@ -18,6 +18,7 @@ import lmdb
 import msgpack
 
 from kvdb.errors import KvdbError
+from kvdb.store.errors import as_kvdb_error
 from kvdb.store.rows import ModelRow, PageRow, SegmentRow, SnapshotRow, pack
 
 FORMAT_VERSION = 1
@@ -246,6 +247,13 @@ class Index:
     def begin_write(self, parent: Txn | None = None) -> Txn:
         """A write transaction, or a child of one, that the caller commits or aborts through `txn.raw`."""
         return Txn(self._env.begin(write=True, parent=parent.raw if parent else None), self._tables)
+
+    def copy(self, folder: Path) -> None:
+        """Write the index as of the last commit to `folder`/data.mdb, without its free pages."""
+        try:
+            self._env.copy(str(folder), compact=True)
+        except lmdb.Error as error:
+            raise as_kvdb_error(error, "copy of the index") from error
 
     @property
     def file_bytes(self) -> int:

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class Segments:
         self._retired: set[int] = set()
         self._can_punch = True
         self._n_files = 0
+        self._backlog: tuple[list[Extent], list[int]] | None = None  # freed during a backup
 
     def path(self, segment_id: int) -> Path:
         """Where a segment lies."""
@@ -219,6 +220,11 @@ class Segments:
 
     def tidy(self, freed: Sequence[Extent], unlinked: Sequence[int]) -> None:
         """Give freed bytes back to the file system. Failures cost space, not data: they are logged."""
+        with self._lock:
+            if self._backlog is not None:
+                self._backlog[0].extend(freed)
+                self._backlog[1].extend(unlinked)
+                return
         gone = set(unlinked)
         try:
             for segment_id in unlinked:
@@ -234,6 +240,18 @@ class Segments:
                 self.punch(segment_id, merged(extents))
         except OSError as error:
             log.warning("could not give back freed bytes: %s", error)
+
+    def pause_tidying(self) -> None:
+        """Keep freed bytes and emptied files for now: a backup reads them."""
+        with self._lock:
+            self._backlog = ([], [])
+
+    def resume_tidying(self, run: Callable[[Callable[[], None]], None]) -> None:
+        """Give back what was freed meanwhile, through `run`."""
+        with self._lock:
+            backlog, self._backlog = self._backlog, None
+        if backlog is not None and any(backlog):
+            run(lambda: self.tidy(*backlog))
 
     def punch(self, segment_id: int, extents: Sequence[Extent]) -> bool:
         """Punch ranges of one segment; False if the file system cannot."""

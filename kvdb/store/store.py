@@ -19,11 +19,12 @@ from typing import TypeVar
 
 import msgpack
 
-from kvdb.errors import CorruptError, KvdbError, SnapshotGoneError, WrongModelError
+from kvdb.errors import KvdbError, SnapshotGoneError, WrongModelError
 from kvdb.keyspace import Keyspace
+from kvdb.store.backup import BackupReport
 from kvdb.store.budget import INDEX_MARGIN, Budget
+from kvdb.store.care import Care
 from kvdb.store.committer import Committer
-from kvdb.store.compact import batches, commit_moves, copy_records, sparse_segments
 from kvdb.store.entries import Entry
 from kvdb.store.entry_writes import write_entry
 from kvdb.store.errors import as_kvdb_error
@@ -42,7 +43,7 @@ from kvdb.store.records import (
     Usage,
 )
 from kvdb.store.rows import ModelRow, Reason, SnapshotRow, pack
-from kvdb.store.segments import Segments, gaps, live_extents
+from kvdb.store.segments import Segments, live_extents
 from kvdb.store.snapshots import check_written, commit_snapshot, uncache_snapshot, usage
 from kvdb.store.stats import StoreStats, measure
 from kvdb.store.uses import Uses, write_uses
@@ -58,7 +59,6 @@ T = TypeVar("T")
 READER_THREADS = 4
 MATCH_HOLD_S = 1.0
 USES_EVERY_S = 60.0
-COMPACTOR = "compaction"
 
 
 class Store:
@@ -82,8 +82,7 @@ class Store:
         )
         self._uses_timer = loop.call_later(USES_EVERY_S, self._write_uses)
         self._models: dict[int, bytes] = {}
-        self._compacting = asyncio.Lock()
-        self._moved_from: set[int] = set()  # compacted, and someone may still read there
+        self._care = Care(loop, self._pool, index, files, self._segments, self._holds, self._committer)
         self._is_closed = False
         self.problems: list[str] = []  # what recovery found, in words
 
@@ -438,64 +437,16 @@ class Store:
         return await self._loop.run_in_executor(self._pool, check)
 
     async def compact(self) -> tuple[int, int]:
-        """Move the live records of sparse segments together; return (bytes moved, segments removed).
-
-        A segment with a damaged record is left alone: VERIFY names it.
-        """
-        async with self._compacting:
-            with self._index.read() as txn:
-                chosen = sparse_segments(txn.segments().items(), self._segments.busy())
-            moved = removed = 0
-            for segment_id in chosen:
-                self._segments.submitted(segment_id)  # its file stays while someone may read the old places
-                self._moved_from.add(segment_id)
-                try:
-                    moved += await self._move_records(segment_id)
-                    removed += 1
-                except CorruptError as error:
-                    log.error("segment %d is not compacted: %s", segment_id, error)
-                finally:
-                    self._holds.when_free(partial(self._loop.call_soon_threadsafe, self._retire, segment_id))
-            return moved, removed
-
-    async def _move_records(self, segment_id: int) -> int:
-        with self._index.read() as txn:
-            work = batches(txn, self._segments.folder, segment_id)
-        total = 0
-        for places in work:
-            reservation = await self.reserve(COMPACTOR, 0)
-            try:
-                moved = await self._loop.run_in_executor(self._pool, copy_records, self._files, places, reservation)
-            except OSError as error:
-                raise as_kvdb_error(error, "compaction") from error
-            end = moved[-1].offset + moved[-1].place.record_bytes
-            self._segments.advance(COMPACTOR, reservation, end)
-            extent = Extent(reservation.segment_id, reservation.offset, end - reservation.offset)
-            item = partial(commit_moves, reservation=reservation, moved=moved, end=end)
-            total += await asyncio.shield(self._committer.submit(item, extent))
-        return total
-
-    def _retire(self, segment_id: int) -> None:
-        self._moved_from.discard(segment_id)
-        self._segments.resolved(segment_id, may_be_empty=True)
-        if not self._is_closed:
-            self._committer.kick()
+        """Move the live records of sparse segments together; return (bytes moved, segments emptied)."""
+        return await self._care.compact()
 
     async def gc(self) -> int:
         """Give every dead byte back, also those that a crash or a failed punch left; return their number."""
-        waiting = frozenset(self._moved_from)
+        return await self._care.gc()
 
-        def item(txn: Txn, work: Work) -> int:
-            dead: list[Extent] = []
-            for segment_id, row in txn.segments().items():
-                if segment_id in waiting:
-                    continue
-                dead += gaps(segment_id, row.committed, live_extents(txn, segment_id))
-                work.add_live(segment_id, 0)
-            work.freed += dead
-            return sum(extent.n_bytes for extent in dead)
-
-        return await self._committer.submit(item)
+    async def backup(self, target: Path) -> BackupReport:
+        """Copy the whole store, as of now, into a directory that can be served; only what it lacks is copied."""
+        return await self._care.backup(target)
 
 
 def _put_model(txn: Txn, model: ModelRecord) -> None:
