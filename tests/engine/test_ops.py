@@ -120,6 +120,16 @@ def test_appending_keeps_older_runs_valid(ops: Ops) -> None:
         assert np.array_equal(ops.host(ops.view(held)), values)
 
 
+def test_fused_sinkhorn_equals_its_operations() -> None:
+    mx = pytest.importorskip("mlx.core")
+    if not (mx.metal.is_available() or mx.cuda.is_available()):
+        pytest.skip("kernels of our own need Metal or CUDA")
+    gpu = backend.select("mlx")
+    matrices = gpu.array(np.abs(f32(300, 4, 4)) + 0.1)
+    fused, plain = gpu.sinkhorn(matrices, 20, 1e-6), gpu.sinkhorn_ops(matrices, 20, 1e-6)  # type: ignore[attr-defined]
+    assert np.abs(gpu.host(fused) - gpu.host(plain)).max() < 1e-6
+
+
 def test_unknown_back_end() -> None:
     with pytest.raises(ModelError, match="unknown"):
         backend.select("abacus")

@@ -66,13 +66,25 @@ def test_a_state_comes_back_and_every_row_is_checked(places: list[Place]) -> Non
         assert reader.page_ids == [place[3] for place in places[:3]]
 
 
-def test_a_page_is_read_into_the_same_buffer(places: list[Place]) -> None:
+def test_pages_come_through_two_buffers(places: list[Place], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvdb_engine.state_reader.RUN_BYTES", 1)
     with StateReader(INFO.layout, places) as reader:
         pages = reader.pages()
         first = next(pages)
         before = bytes(first.ids)
         next(pages)
+        next(pages)
         assert bytes(first.ids) != before  # so whoever keeps a page must copy it
+
+
+@pytest.mark.parametrize("run_bytes", [1, 40_000, 1 << 30])
+def test_runs_of_any_size_read_the_same(places: list[Place], monkeypatch: pytest.MonkeyPatch, run_bytes: int) -> None:
+    monkeypatch.setattr("kvdb_engine.state_reader.RUN_BYTES", run_bytes)
+    assert read(places) == N_TOKENS
+    # Pages that do not lie in order, or not one behind the other, are runs of their own.
+    moved = Path(places[0][0]).with_name("2.seg")
+    moved.write_bytes(bytes(4096) + Path(places[1][0]).read_bytes())
+    assert read([places[0], (str(moved), places[1][1] + 4096, *places[1][2:]), *places[2:]]) == N_TOKENS
 
 
 @pytest.mark.parametrize("number", range(4))
