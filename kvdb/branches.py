@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from array import array
@@ -27,18 +28,23 @@ async def restore(sessions: Sessions, db: int, key: bytes, name: bytes, *, repla
     with store.hold(snapshot_id) as record:
         model = sessions.model_of(record.fingerprint)
         places = store.plan(snapshot_id)
-        ids = ids_array(await store.token_ids(snapshot_id))
         uid = secrets.token_bytes(16)
-        session = Session(uid, model, snapshot_id, len(ids), ids, (db, name), used=time.monotonic())
-        try:
-            await sessions.make_resident(session)
-        except NoEngineError:
-            await store.check(places)
+        session = Session(uid, model, snapshot_id, record.n_tokens, array("I"), (db, name), used=time.monotonic())
+
+        async def load() -> None:
+            try:
+                await sessions.make_resident(session)
+            except NoEngineError:
+                await store.check(places)
+
+        # The daemon reads the token ids while the worker reads the rows.
+        data, _ = await asyncio.gather(store.token_ids(snapshot_id), load())
+        session.ids = ids_array(data)
         _check_target(sessions, db, name, replace)
         sessions.adopt(session)
     await sessions.sweep()
     return {
-        "tokens": len(ids),
+        "tokens": session.n_tokens,
         "bytes_read": sum(place.record_bytes for place in places),
         "recomputed": 0,
         "ms": _ms(began),
