@@ -6,7 +6,7 @@ does not know, so an older client works with a newer server.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -174,6 +174,17 @@ class SnapDiff:
 
 
 @dataclass(frozen=True, slots=True)
+class Running:
+    """One piece of work of an engine: `done` of `total` tokens, 0 where the total is open. session: None if unnamed."""
+
+    session: str | None
+    op: str
+    done: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """Reply of ENGINE STATUS."""
 
@@ -182,7 +193,7 @@ class EngineStatus:
     pid: int | None
     uptime_s: float
     starts: int
-    requests: int
+    requests: tuple[Running, ...]
     resident_sessions: int
     resident_bytes: int
     rss_bytes: int
@@ -250,6 +261,8 @@ def _convert(hint: Any, value: Any) -> Any:
         return hint(value)
     if hint == dict[str, str]:
         return {name: text(value) for name, value in as_map(value).items()}
+    if is_dataclass(hint):
+        return read(hint, value)  # type: ignore[arg-type]
     return tuple(_convert(options[0], one) for one in value)
 
 

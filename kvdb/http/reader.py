@@ -12,7 +12,11 @@ from kvdb_engine.tokenizer import Tokenizer
 
 
 class ChoiceReader:
-    """Reads one choice. new_id makes tool-call ids; is_chat: text may hold reasoning and tool calls."""
+    """Reads one choice.
+
+    is_chat: text may hold reasoning and tool calls. has_tools: the model may call tools; otherwise a tool block that it
+    writes all the same is shown as the text it is. new_id: what tool-call ids begin with.
+    """
 
     def __init__(
         self,
@@ -21,6 +25,7 @@ class ChoiceReader:
         stops: tuple[str, ...],
         *,
         is_chat: bool,
+        has_tools: bool,
         thinking: bool,
         forced: str,
         new_id: str,
@@ -35,18 +40,19 @@ class ChoiceReader:
         self._decoder = tokenizer.stream()
         self._stops = stops
         self._new_id = new_id
+        self._has_tools = has_tools
         self._held = ""
         self._parser = ReplyParser(thinking=thinking) if is_chat else None
         self._reasons = thinking and is_chat
         self._logprobs: list[TokenLogprob] = []
-        self._ended_by_control = False
+        self._is_changed = False
         if forced and self._parser is not None:
             self._parser.feed(forced)
 
     @property
     def is_whole(self) -> bool:
         """Whether the client sees all that the timeline holds, so that sending it back means this timeline."""
-        return self.stop is None and not self._ended_by_control and not self._held and not self.reply_is_cut
+        return self.stop is None and not self._is_changed and not self._held and not self.reply_is_cut
 
     @property
     def reply_is_cut(self) -> bool:
@@ -73,7 +79,7 @@ class ChoiceReader:
             self._logprobs.append(logprob)
         if self._parser is not None and token in (self._tokenizer.user, self._tokenizer.assistant):
             # The model speaks for the other side: its answer is over, and the timeline has a token too many.
-            self._ended_by_control = True
+            self._is_changed = True
             return self._end()
         if token == self._tokenizer.eos_id:
             return self._end()
@@ -115,7 +121,10 @@ class ChoiceReader:
         events: list[Event] = []
         for piece in pieces:
             self._reasons = self._reasons and piece.kind == "reasoning"
-            if piece.kind == "calls":
+            if piece.kind == "calls" and not self._has_tools:
+                self._is_changed = True
+                events.append(self._delta("content", piece.text))
+            elif piece.kind == "calls":
                 numbered = enumerate(piece.calls, start=len(self.calls))
                 calls = tuple(IssuedCall(f"{self._new_id}{n:x}", call.name, call.arguments) for n, call in numbered)
                 self.calls += calls

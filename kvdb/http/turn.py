@@ -123,6 +123,7 @@ def _reader(ask: Ask, prompt: Prompt, number: int) -> ChoiceReader:
         ask.model.info.tokenizer,
         ask.stops,
         is_chat=ask.messages is not None,
+        has_tools=bool(ask.tools) and ask.choice.kind != "none",
         thinking=ask.thinking is not Thinking.OFF,
         forced=prompt.forced,
         new_id=f"{ask.call_prefix}{secrets.token_hex(14)}",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvdb.client.replies import Filled, Generated, PrefixMatch, SnapInfo, plain, read
+from kvdb.client.replies import EngineStatus, Filled, Generated, PrefixMatch, Running, SnapInfo, plain, read
 
 FILLED = {b"tokens": 5, b"reused": 2, b"computed": 3, b"source": b"live", b"ms": 1.5}
 
@@ -37,3 +37,10 @@ def test_a_map_in_a_map() -> None:
 
 def test_plain_makes_text_of_bytes() -> None:
     assert plain({b"a": [b"b", 1, None]}) == {"a": ["b", 1, None]}
+
+
+def test_a_list_of_maps() -> None:
+    numbers = dict.fromkeys([b"uptime_s", b"starts", b"resident_sessions", b"resident_bytes", b"rss_bytes"], 0)
+    work = {b"session": None, b"op": b"generate", b"done": 1, b"total": 0, b"seconds": b"0.5"}
+    reply = {b"model": b"m", b"state": b"running", b"pid": 7, b"requests": [work], b"backend": {}, **numbers}
+    assert read(EngineStatus, reply).requests == (Running(None, "generate", 1, 0, 0.5),)

@@ -1,0 +1,88 @@
+"""Keys, users, and what each may do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+import kvdb
+from kvdb_tools.daemon import Daemon, free_port
+
+from .conftest import MODEL
+
+ASKED = {"model": MODEL, "prompt": "x", "max_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    port = free_port()
+    with Daemon(tmp_path_factory.mktemp("http") / "data", {"http-port": str(port)}) as daemon:
+        redis = kvdb.Client("127.0.0.1", daemon.port)
+        redis.execute_command("ACL", "SETUSER", "team", "on", ">team-key", "~team:*", "+@all")
+        redis.execute_command("ACL", "SETUSER", "reader", "on", ">read-key", "~*", "+get")
+        redis.execute_command("ACL", "SETUSER", "gone", "off", ">gone-key", "~*", "+@all")
+        redis.config_set("requirepass", "main-key")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "word"),
+    [
+        ({}, 401, "noauth"),
+        ({"authorization": "Bearer wrong"}, 401, "wrongpass"),
+        ({"authorization": "Bearer gone-key"}, 401, "wrongpass"),
+        ({"authorization": "Bearer read-key"}, 403, "noperm"),
+        ({"authorization": "Bearer main-key"}, 200, None),
+        ({"authorization": "bearer team-key"}, 200, None),
+        ({"x-api-key": "team-key"}, 200, None),
+        ({"x-api-key": "team-key", "x-kvdb-session": "team:a"}, 200, None),
+        ({"x-api-key": "team-key", "x-kvdb-session": "other:a"}, 403, "noperm"),
+        ({"x-api-key": "team-key", "x-kvdb-snapshot": "other:a"}, 403, "noperm"),
+        ({"x-api-key": "team-key", "x-kvdb-snapshot": "team:snap"}, 200, None),
+    ],
+)
+def test_keys(http: httpx.Client, headers: dict[str, str], status: int, word: str | None) -> None:
+    reply = http.post("/v1/completions", json=ASKED, headers=headers)
+    assert reply.status_code == status
+    if word is not None:
+        assert reply.json()["error"]["code"] == word
+    assert http.get("/v1/models", headers=headers).status_code == (401 if status == 401 else 200)
+
+
+def test_errors_have_the_dialect_of_their_path(http: httpx.Client) -> None:
+    found = http.post("/v1/messages", json={}).json()
+    assert (found["type"], found["error"]["type"]) == ("error", "authentication_error")
+    found = http.post("/v1/chat/completions", json={}).json()
+    assert found["error"]["type"] == "authentication_error"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", "/v1/nothing", b"", 404),
+        ("GET", "/v1/chat/completions", b"", 405),
+        ("POST", "/v1/chat/completions", b"{", 400),
+        ("POST", "/v1/chat/completions", b"[]", 400),
+        ("POST", "/v1/chat/completions", b"[" * 100_000, 400),
+        ("POST", "/v1/messages", b"\xff\xfe", 400),
+    ],
+)
+def test_bad_requests(http: httpx.Client, method: str, path: str, body: bytes, status: int) -> None:
+    reply = http.request(method, path, content=body, headers={"authorization": "Bearer main-key"})
+    assert reply.status_code == status
+    assert reply.json()["error"]["message"]
+
+
+def test_responses_belong_to_their_user(http: httpx.Client) -> None:
+    asked = {"model": MODEL, "input": "x", "max_output_tokens": 1}
+    mine = http.post("/v1/responses", json=asked, headers={"authorization": "Bearer team-key"}).json()["id"]
+    assert http.get(f"/v1/responses/{mine}", headers={"authorization": "Bearer team-key"}).status_code == 200
+    assert http.get(f"/v1/responses/{mine}", headers={"authorization": "Bearer main-key"}).status_code == 404
+
+
+def test_no_cross_origin_headers(http: httpx.Client) -> None:
+    reply = http.get("/v1/models", headers={"authorization": "Bearer main-key", "origin": "http://evil.example"})
+    assert not [name for name in reply.headers if name.startswith("access-control")]
