@@ -63,7 +63,8 @@ def run(console: Console, directory: Path, model: str, tokens: int, as_json: boo
     if as_json:
         print(json.dumps(stage.report.as_dict(), indent=1))
     if problem:
-        console.print(f"[bold red]stopped:[/] {problem}", markup=True)
+        console.print("stopped:", style="bold red", end=" ")
+        console.print(problem, markup=False)
         return 1
     n_checks = len(stage.report.checks)
     failed = sum(not check.holds for check in stage.report.checks)
