@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvdb_tools.bench.scenario import Settings
+from kvdb_tools.cli.reply import Verbatim
 from kvdb_tools.daemon import Caller
 
 MODEL = "synthetic:dsv4-flash"
@@ -70,6 +71,17 @@ def median_s(work: Callable[[], object], times: int) -> float:
 def percentile(values: list[float], share: float) -> float:
     """The value below which a share of the values lies (nearest rank)."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def daemon_ms(call: Caller, command: str) -> float:
+    """Mean duration of a command as the daemon itself saw it, since the last CONFIG RESETSTAT."""
+    reply = call("INFO", "commandstats")
+    data = reply.text if isinstance(reply, Verbatim) else reply
+    for line in (data.decode() if isinstance(data, bytes) else str(data)).splitlines():
+        if line.startswith(f"cmdstat_{command}:"):
+            fields = dict(part.split("=") for part in line.partition(":")[2].split(","))
+            return float(fields["usec_per_call"]) / 1e3
+    return 0.0
 
 
 def drop_cache(directory: Path) -> None:

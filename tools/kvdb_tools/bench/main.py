@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from rich.table import Table
 from kvdb_tools.bench.registry import SCENARIOS
 from kvdb_tools.bench.scenario import Cell, MissingError, Result, Settings
 from kvdb_tools.daemon import CommandError, DaemonError
+
+PIPE_COLUMNS = 150
 
 
 @click.command(epilog="\b\nScenarios:\n" + "\n".join(f"  {s.name:<12}{s.summary}" for s in SCENARIOS.values()))
@@ -39,7 +42,9 @@ def main(
     model: str,
 ) -> None:
     """Measure kvdb beside its baselines, in one run on this machine."""
-    console = Console(stderr=as_json, highlight=False)
+    # A pipe has no width of its own; at rich's 80 columns the wide tables would lose their numbers.
+    stream = sys.stderr if as_json else sys.stdout
+    console = Console(stderr=as_json, highlight=False, width=None if stream.isatty() else PIPE_COLUMNS)
     results: dict[str, Result] = {}
     failed = False
     for name in scenarios:
