@@ -108,6 +108,9 @@ def _admit(client: Client, bound: Bound, request: Request) -> tuple[Bound | None
         raise NoAuthError("Authentication required.")
     if not client.user.is_unrestricted and "no_auth" not in command.flag_set:
         client.server.acl.check(client, bound, request)
+    if client.server.refusal is not None and "denyoom" in command.flag_set:
+        bound.rejected_calls += 1
+        raise client.server.refusal
     if client.transaction is not None and command.name not in _UNQUEUED_COMMANDS:
         if bound.waits or "no_multi" in command.flag_set:
             raise KvdbError("Command not allowed inside a transaction")

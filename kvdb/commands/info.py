@@ -8,12 +8,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvdb import __version__
 from kvdb.commands.connection import REDIS_VERSION
 from kvdb.commands.registry import handler
+from kvdb.net.metrics import rss_bytes
 from kvdb.net.statistics import total_commands
 from kvdb_protocol.resp import Reply, Verbatim
 
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from kvdb.net.service import Server
 
 Fields = dict[str, object]
-
-
-def rss_bytes() -> int:
-    """Resident memory of this process."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def human(n_bytes: int) -> str:
@@ -106,7 +97,7 @@ def _persistence(server: Server) -> Fields:
         "rdb_last_bgsave_status": "ok",
         "aof_enabled": 1,
         "aof_rewrite_in_progress": 0,
-        "aof_last_write_status": "ok",
+        "aof_last_write_status": "ok" if server.store.write_error is None else "err",
         "appendfsync": server.config.text("appendfsync"),
     }
 
@@ -122,7 +113,7 @@ def _stats(server: Server) -> Fields:
         "total_net_output_bytes": counts.output_bytes + sum(c.output_bytes for c in clients),
         "rejected_connections": counts.connections_rejected,
         "expired_keys": counts.expired_keys,
-        "evicted_keys": 0,
+        "evicted_keys": server.store.budget.evicted_keys,
         "keyspace_hits": counts.keyspace_hits,
         "keyspace_misses": counts.keyspace_misses,
         "pubsub_channels": len(server.pubsub.channels),

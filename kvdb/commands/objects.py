@@ -7,11 +7,11 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
-from kvdb.commands.info import rss_bytes
 from kvdb.commands.parse import SYNTAX, int_or_none, parse_int
 from kvdb.commands.registry import handler
 from kvdb.containers import Fields, Members
 from kvdb.errors import KvdbError
+from kvdb.net.metrics import rss_bytes
 from kvdb_protocol.resp import OK, Reply, Verbatim
 
 if TYPE_CHECKING:

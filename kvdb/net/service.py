@@ -82,6 +82,7 @@ class Server:
         self.last_save = self.now
         self.addresses: list[str] = []
         self.gated = False  # while someone watches or holds all commands, no request takes the fast path
+        self.refusal: KvdbError | None = None  # why commands that add data are refused at present
         self.paused_until = 0.0
         self.pauses_writes_only = True
         self._next_client_id = 1
@@ -116,6 +117,7 @@ class Server:
         backend = self.backend
         self.store, self.keyspace = backend.store, backend.keyspace
         self.sessions, self.models, self.background = backend.sessions, backend.models, backend.background
+        self.store.budget.on_evicted = self._evicted
         try:
             self._listeners = await listeners.open_all(self)
         except BaseException:
@@ -163,6 +165,7 @@ class Server:
                     self.statistics.expired_keys += 1
                     self.changed(db, key, "expired", "x")
                 self.statistics.sample(self)
+                self._check_space()
                 if int(self.now) != int(before):
                     if self.config.text("appendfsync") != "no":
                         self.keyspace.flush_soon()
@@ -171,6 +174,27 @@ class Server:
                 log.warning("background round: %s", error.wire)
             except Exception:
                 log.exception("background round failed")
+
+    def _check_space(self) -> None:
+        """Refuse commands that add data while commits fail or the store is over `maxstore`; reads and DEL go on.
+
+        What was refused nowhere: a write between two rounds, so the limit may be passed by a tenth of a second of them.
+        """
+        before, self.refusal = self.refusal, self.store.write_error
+        if self.refusal is None:
+            try:
+                self.store.budget.check()
+            except KvdbError as error:
+                self.refusal = error
+        if (before is None) != (self.refusal is None):
+            if self.refusal is not None:
+                log.warning("writes are refused: %s", self.refusal.wire)
+            else:
+                log.info("writes are accepted again")
+            self.update_gate()
+
+    def _evicted(self, db: int, key: bytes) -> None:
+        self.changed(db, key, "evicted", "e")
 
     def _close_idle(self) -> None:
         timeout = self.config.number("timeout")
@@ -239,8 +263,8 @@ class Server:
             client.abort()
 
     def update_gate(self) -> None:
-        """Call after MONITOR or CLIENT PAUSE begins or ends."""
-        self.gated = self.observers.is_watching or self.paused_until > time.time()
+        """Call after MONITOR, CLIENT PAUSE or a refusal of writes begins or ends."""
+        self.gated = self.observers.is_watching or self.paused_until > time.time() or self.refusal is not None
 
     def pause(self, seconds: float, *, writes_only: bool) -> None:
         """CLIENT PAUSE: hold the commands of all clients."""

@@ -6,7 +6,7 @@ import errno
 
 import lmdb
 
-from kvdb.errors import KvdbError, NoSpaceError, SnapshotGoneError, StalePagesError
+from kvdb.errors import KvdbError, MisconfError, NoSpaceError, SnapshotGoneError, StalePagesError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -23,6 +23,9 @@ def as_kvdb_error(error: BaseException, doing: str) -> KvdbError:
     # py-lmdb reports the operating system's error as text only.
     if isinstance(error, lmdb.MapFullError) or "No space left" in str(error) or "Disk quota" in str(error):
         return NoSpaceError(f"{doing}: {error}; free space or delete keys, then retry")
+    if isinstance(error, lmdb.Error):
+        # A full disk may also end in a short write, which LMDB reports as an input/output error.
+        return MisconfError(f"writes cannot be made durable: {error}; is the disk full? They are tried again")
     return KvdbError(f"{doing}: {type(error).__name__}: {error}")
 
 

@@ -1,4 +1,4 @@
-"""What a killed daemon remembers, by appendfsync; shutdown; a directory has one daemon."""
+# ruff: noqa: PERF403
 
 from __future__ import annotations
 

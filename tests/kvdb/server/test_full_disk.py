@@ -1,0 +1,75 @@
+"""A full disk and a full budget: writes get a clear error, everything else goes on, and it recovers by itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import StartDaemon, Wire
+
+OK = ("+", b"OK")
+
+
+def wait_for(wire: Wire, *words: str, accepted: bool) -> object:
+    """Repeat a command until it is accepted or refused as wanted."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        kind, line = wire(*words)
+        if (kind != "-") is accepted:
+            return line
+        time.sleep(0.05)
+    raise AssertionError(f"{words} was never {'accepted' if accepted else 'refused'}")
+
+
+def test_maxstore(start: StartDaemon) -> None:
+    wire = start(maxstore="3mb").wire()
+    for n in range(4):
+        wire("SET", f"k{n}", os.urandom(1 << 20))
+    line = wait_for(wire, "SET", "more", "x", accepted=False)
+    assert line.startswith(b"NOSPACE maxstore is 3145728 bytes")  # type: ignore[attr-defined]
+    assert wire("GET", "k0")[0] == "$" and wire("PING") == ("+", b"PONG")
+    assert wire("MULTI") == OK
+    assert wire("SET", "a", "1")[0] == "-"
+    assert wire("EXEC")[1].startswith(b"EXECABORT")  # type: ignore[attr-defined]
+    assert wire("CONFIG", "SET", "maxstore", "1gb") == OK
+    wait_for(wire, "SET", "more", "x", accepted=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB."""
+    if os.geteuid() != 0 or not sys.platform.startswith("linux"):
+        pytest.skip("mounting needs root on Linux")
+    ran = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(tmp_path)], check=False)
+    if ran.returncode:
+        pytest.skip("mounting is not possible here")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("mode", ["always", "everysec"])
+def test_full_disk(start: StartDaemon, small_disk: Path, mode: str) -> None:
+    daemon = start(dir=small_disk / "data", appendfsync=mode)
+    wire = daemon.wire()
+    wire("SET", "kept", "v")
+    wire("SAVE")
+    (small_disk / "ballast").write_bytes(bytes(14 << 20))
+    for n in range(40):
+        if wire("SET", f"k{n}", os.urandom(500_000))[0] == "-":
+            break
+    line = wait_for(wire, "SET", "more", "x" * 100_000, accepted=False)
+    assert line.startswith((b"NOSPACE", b"MISCONF writes cannot be made durable"))  # type: ignore[attr-defined]
+    assert wire("GET", "kept") == ("$", b"v") and wire("PING") == ("+", b"PONG")
+    assert wire("DBSIZE")[0] == ":" and wire("CONFIG", "GET", "hz")[0] == "*"
+    (small_disk / "ballast").unlink()
+    wait_for(wire, "SET", "more", "x", accepted=True)
+    assert wire("SAVE") == OK
+    assert daemon.stop() == 0
+    wire = start(daemon.folder, dir=small_disk / "data").wire()
+    assert wire("GET", "kept") == ("$", b"v") and wire("GET", "more") == ("$", b"x")
