@@ -16,7 +16,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from kvdb.acl import User
@@ -33,6 +33,7 @@ from kvdb.http.responses_api import ResponsesDialect, parse_responses
 from kvdb.http.sse import error_response, respond
 from kvdb.http.text_api import TextDialect, parse_text
 from kvdb.http.turn import answer
+from kvdb.net import metrics
 from kvdb.session import Model
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class Gateway:
             ("POST", "/v1/responses", responses, openai_body),
             ("GET", "/v1/responses/{id}", get_response, openai_body),
             ("DELETE", "/v1/responses/{id}", delete_response, openai_body),
+            ("GET", "/healthz", healthz, openai_body),
+            ("GET", "/metrics", prometheus, openai_body),
             ("POST", "/v1/messages", messages, anthropic_body),
             ("POST", "/v1/messages/count_tokens", count_tokens, anthropic_body),
         )
@@ -237,6 +240,18 @@ async def delete_response(gateway: Gateway, request: Request) -> Response:
     response_id, _ = _stored(gateway, request)
     gateway.memory.drop_response(response_id)
     return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+
+async def healthz(gateway: Gateway, request: Request) -> Response:
+    """GET /healthz: 200 and ok, or 503 and why writes are refused. Needs no key: load balancers have none."""
+    is_well, word = metrics.health(gateway.server)
+    return PlainTextResponse(word + "\n", status_code=200 if is_well else 503)
+
+
+async def prometheus(gateway: Gateway, request: Request) -> Response:
+    """GET /metrics."""
+    gateway.user_of(request)
+    return Response(metrics.render(gateway.server), headers={"content-type": metrics.CONTENT_TYPE})
 
 
 async def messages(gateway: Gateway, request: Request) -> Response:
