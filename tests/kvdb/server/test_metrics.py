@@ -32,7 +32,7 @@ def test_metrics(start: StartDaemon) -> None:
     status, text = fetch(port, "/metrics")
     assert status == 200
     lines = text.splitlines()
-    shape = re.compile(r'[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? -?[0-9.e+]+|# (HELP|TYPE) [a-z_]+ .+')
+    shape = re.compile(r'[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? -?[0-9.e+-]+|# (HELP|TYPE) [a-z_]+ .+')
     assert [line for line in lines if not shape.fullmatch(line)] == []
     assert {
         'kvdb_keys{db="0"} 1',
