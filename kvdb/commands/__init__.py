@@ -29,6 +29,7 @@ _HANDLER_MODULES = (
     "state",
     "engine",
     "store",
+    "transfer",
 )
 
 

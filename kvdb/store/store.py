@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import msgpack
 
-from kvdb.errors import KvdbError, SnapshotGoneError, WrongModelError
+from kvdb.errors import KvdbError, SnapshotGoneError, StalePagesError, WrongModelError
 from kvdb.keyspace import Keyspace
 from kvdb.store.backup import BackupReport
 from kvdb.store.budget import INDEX_MARGIN, Budget
@@ -28,6 +28,7 @@ from kvdb.store.committer import Committer
 from kvdb.store.entries import Entry
 from kvdb.store.entry_writes import write_entry
 from kvdb.store.errors import as_kvdb_error
+from kvdb.store.exchange import IncomingState, export_archive, write_state
 from kvdb.store.files import Files, OsFiles
 from kvdb.store.holds import Holds
 from kvdb.store.index import Index, Table, Txn
@@ -49,7 +50,8 @@ from kvdb.store.stats import StoreStats, measure
 from kvdb.store.uses import Uses, write_uses
 from kvdb.store.verify import Finding, verify
 from kvdb.store.work import Extent, Work
-from kvdb_protocol.ids import root_prefix
+from kvdb_protocol.archive import Archive
+from kvdb_protocol.ids import Buffer, root_prefix
 from kvdb_protocol.layout import Layout
 from kvdb_protocol.tail import Tail
 
@@ -59,6 +61,7 @@ T = TypeVar("T")
 READER_THREADS = 4
 MATCH_HOLD_S = 1.0
 USES_EVERY_S = 60.0
+IMPORTER = "import"
 
 
 class Store:
@@ -82,6 +85,7 @@ class Store:
         )
         self._uses_timer = loop.call_later(USES_EVERY_S, self._write_uses)
         self._models: dict[int, bytes] = {}
+        self._importing = asyncio.Lock()  # one writer, one reservation
         self._care = Care(loop, self._pool, index, files, self._segments, self._holds, self._committer)
         self._is_closed = False
         self.problems: list[str] = []  # what recovery found, in words
@@ -155,6 +159,11 @@ class Store:
         self._segments.close()
         self._index.close()
         self._lock.release()
+
+    @property
+    def files(self) -> Files:
+        """The file-system calls that everything of this store goes through."""
+        return self._files
 
     @property
     def write_error(self) -> KvdbError | None:
@@ -385,6 +394,17 @@ class Store:
 
         return await self._read(snapshot_id, read)
 
+    async def read_places(self, snapshot_id: bytes, read: Callable[[Files, list[RecordPlace]], T]) -> T:
+        """Let `read` work on a snapshot's records in the reader pool, held meanwhile."""
+        return await self._read(snapshot_id, lambda: read(self._files, self.plan(snapshot_id)))
+
+    async def in_pool(self, work: Callable[[], T], doing: str) -> T:
+        """Run file work in the reader pool; OSError becomes what a client sees."""
+        try:
+            return await self._loop.run_in_executor(self._pool, work)
+        except OSError as error:
+            raise as_kvdb_error(error, doing) from error
+
     async def check(self, places: Sequence[RecordPlace]) -> None:
         """Read every record of a plan and compare its checksums. Raises CorruptError."""
 
@@ -443,6 +463,46 @@ class Store:
     async def gc(self) -> int:
         """Give every dead byte back, also those that a crash or a failed punch left; return their number."""
         return await self._care.gc()
+
+    async def export_archive(self, snapshot_id: bytes, take: Callable[[Iterator[Buffer]], T]) -> T:
+        """Give the pieces of a snapshot's archive to `take`, which runs in the reader pool. Raises CorruptError."""
+
+        def export() -> T:
+            with self._index.read() as txn:
+                row = txn.snapshot(snapshot_id)
+                if row is None:
+                    raise SnapshotGoneError(f"there is no snapshot {snapshot_id.hex()}")
+                fingerprint = self._models[row.model]
+                model = self._model(txn, fingerprint)
+                places = plan(txn, self._segments.folder, snapshot_id)
+            facts = (model.name, fingerprint, model.family, model.layout, row.n_tokens, row.reason, row.created_ms)
+            return take(export_archive(self._files, Archive(*facts, len(places)), places))
+
+        return await self._read(snapshot_id, export)
+
+    async def import_state(
+        self, state: IncomingState, *, key: tuple[int, bytes], make_entry: Callable[[bytes], Entry], created_ms: int
+    ) -> CommittedSnapshot:
+        """Store a checked state under a key; its model must be registered. Durable when it returns."""
+
+        def is_stored(page_id: bytes) -> bool:
+            with self._index.read() as txn:
+                return txn.get(Table.PAGES, page_id) is not None
+
+        async with self._importing:
+            while True:
+                reservation = await self.reserve(IMPORTER, state.n_bytes)
+                write = partial(write_state, reason=Reason.IMPORT, created_ms=created_ms)
+                try:
+                    new = await self._loop.run_in_executor(
+                        self._pool, write, self._files, state, reservation, is_stored
+                    )
+                except OSError as error:
+                    raise as_kvdb_error(error, "import") from error
+                try:
+                    return await self.commit_snapshot(new, key=key, entry=make_entry(new.id))
+                except StalePagesError:
+                    continue  # a page that it shares was freed between the look and the commit
 
     async def backup(self, target: Path) -> BackupReport:
         """Copy the whole store, as of now, into a directory that can be served; only what it lacks is copied."""

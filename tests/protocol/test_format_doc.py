@@ -9,6 +9,7 @@ import pytest
 
 from kvdb.store.entries import Entry, EntryType, encode_entry, name_key
 from kvdb.store.index import Table
+from kvdb_protocol.archive import Archive, encode_head
 from kvdb_protocol.frames import encode_frame
 from kvdb_protocol.ids import extend_prefix, root_prefix
 from kvdb_protocol.kvc import Kvc, KvcFlags, KvcReason, encode_kvc
@@ -46,6 +47,7 @@ def written() -> dict[str, bytes]:
         "kvc": b"".join(bytes(piece) for piece in encode_kvc(kvc)),
         "name": name_key(0, b"step-7"),
         "entry": encode_entry(b"k", Entry(EntryType.STRING, 5, b"v")),
+        "archive": encode_head(Archive("m", b"", b"", b"", 5, 7, 9, 1))[:48],
         "frame": encode_frame({"a": 1}),
     }
 
