@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from kvdb.errors import KvdbError, SnapshotGoneError, StalePagesError
+from kvdb.errors import KvdbError, SnapshotGoneError, StalePagesError, WrongTypeError
 from kvdb.session import Session
 from kvdb.sessions import Sessions
-from kvdb.store.entries import Entry, SessionValue
+from kvdb.store.entries import Entry, SessionValue, SnapshotValue
 from kvdb.store.records import CommittedSnapshot, NewSnapshot, WrittenRecord
 from kvdb.store.rows import Reason
 from kvdb_protocol.frames import Message
@@ -43,16 +43,19 @@ async def snapshot(
     async with session.lock:
         if session.n_tokens == 0:
             raise KvdbError("the session is empty: there is no state to store")
+        found = sessions.keyspace.get(db, key)
+        if found is not None and not isinstance(found.value, SnapshotValue):
+            raise WrongTypeError
         if not guard():
             return None
-        if session.is_clean:
-            assert session.base is not None
-            with sessions.store.hold(session.base) as record:
-                sessions.keyspace.put(db, key, make_entry(session.base))
-                await sessions.keyspace.flush()
-            done = CommittedSnapshot(session.base, 0, record.tail_bytes + record.chain_bytes, 0, True)
-        else:
-            done = await _store(sessions, session, reason, (db, key), make_entry)
+        place = (db, key)
+        sessions.being_stored[place] += 1
+        try:
+            done = await _store_under(sessions, session, reason, place, make_entry)
+        finally:
+            sessions.being_stored[place] -= 1
+            if not sessions.being_stored[place]:
+                del sessions.being_stored[place]
         tokens = session.n_tokens
     return {
         "id": done.id.hex(),
@@ -62,6 +65,19 @@ async def snapshot(
         "bytes_shared": done.bytes_shared,
         "ms": round((time.perf_counter() - began) * 1e3, 3),
     }
+
+
+async def _store_under(
+    sessions: Sessions, session: Session, reason: Reason, key: tuple[int, bytes], make_entry: MakeEntry
+) -> CommittedSnapshot:
+    """Name the session's state by `key`; only what is not stored yet is written."""
+    if not session.is_clean:
+        return await _store(sessions, session, reason, key, make_entry)
+    assert session.base is not None
+    with sessions.store.hold(session.base) as record:
+        sessions.keyspace.put(*key, make_entry(session.base))
+        await sessions.keyspace.flush()
+    return CommittedSnapshot(session.base, 0, record.tail_bytes + record.chain_bytes, 0, True)
 
 
 async def store_state(sessions: Sessions, session: Session, reason: Reason) -> None:

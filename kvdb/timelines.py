@@ -98,7 +98,8 @@ def find_reuse(sessions: Sessions, session: Session, ids: array[int]) -> Reuse:
     for other in sessions.open.values():
         n = other.n_tokens
         is_usable = other.model is session.model and other.is_resident and not other.lock.locked()
-        if is_usable and best.n_tokens < n <= len(ids) and ids[:n] == other.ids:
+        # A session whose key is gone may stand on a base that is gone too.
+        if is_usable and best.n_tokens < n <= len(ids) and ids[:n] == other.ids and sessions.named_entry(other):
             best = Reuse("live", n, other)
     info = session.model.info
     match = sessions.store.longest_prefix(

@@ -41,7 +41,7 @@ PROGRESS_INTERVAL_S = 0.1
 
 
 def read_prompt(args: Arguments, kind: bytes) -> tuple[str, Any]:
-    """Read what follows TEXT, TOKENS or CHAT; ids come back as an array, text and messages as they are."""
+    """Read what follows TEXT, TOKENS, IDS or CHAT; ids come back as an array, text and messages as they are."""
     if kind == b"TEXT":
         return "text", args.text()
     if kind == b"TOKENS":
@@ -51,6 +51,13 @@ def read_prompt(args: Arguments, kind: bytes) -> tuple[str, Any]:
             return "ids", array("I", map(int, raw))
         except (ValueError, OverflowError):
             raise KvdbError("token ids must be integers between 0 and 4294967295") from None
+    if kind == b"IDS":
+        data = args.next()
+        if len(data) % 4:
+            raise KvdbError(
+                f"IDS takes token ids as 4 bytes each, little-endian; {len(data)} bytes are no whole number"
+            )
+        return "ids", ids_array(data)
     try:
         return "chat", json.loads(args.next())
     except ValueError as error:
@@ -75,11 +82,11 @@ def prompt_ids(model: Model, prompt: tuple[str, Any], *, is_start: bool) -> arra
     return ids if is_start or not ids or ids[0] != tokenizer.bos_id else ids[1:]
 
 
-PROMPT_WORDS = (b"TEXT", b"TOKENS", b"CHAT")
+PROMPT_WORDS = (b"TEXT", b"TOKENS", b"IDS", b"CHAT")
 
 
 def parse_prompt(client: Client, raw: list[bytes], options: tuple[bytes, ...]) -> tuple[Any, dict[bytes, bytes]]:
-    """Parse `TEXT t | TOKENS n id... | CHAT json` and the word-valued options allowed after it."""
+    """Parse `TEXT t | TOKENS n id... | IDS bytes | CHAT json` and the word-valued options allowed after it."""
     args = Arguments(raw)
     prompt = None
     found: dict[bytes, bytes] = {}
@@ -92,7 +99,7 @@ def parse_prompt(client: Client, raw: list[bytes], options: tuple[bytes, ...]) -
         else:
             raise unknown_option(word)
     if prompt is None:
-        raise KvdbError("give the tokens as TEXT text, TOKENS count id ..., or CHAT json")
+        raise KvdbError("give the tokens as TEXT text, TOKENS count id ..., IDS bytes, or CHAT json")
     return prompt, found
 
 
@@ -311,7 +318,9 @@ async def snapshot(client: Client, raw: list[bytes]) -> Reply:
         return Entry(EntryType.SNAPSHOT, expire_ms, SnapshotValue(snapshot_id, meta, pinned, int(time.time() * 1e3)))
 
     def guard() -> bool:
-        return not condition or (server.keyspace.get(db, key) is not None) == (condition == b"XX")
+        # A snapshot on its way to the key counts as there: of two SNAPSHOT ... NX at once, one is too late.
+        exists = server.keyspace.get(db, key) is not None or (db, key) in server.sessions.being_stored
+        return not condition or exists == (condition == b"XX")
 
     async def work() -> storing.Reply | None:
         reply = await storing.snapshot(server.sessions, db, name, key, value, guard)
@@ -398,7 +407,7 @@ async def prefix(client: Client, raw: list[bytes]) -> Reply:
         "id": found.snapshot_id.hex(),
         "tokens": found.n_tokens,
         "of": len(ids),
-        "text_bytes": len(model.info.tokenizer.decode_bytes(ids[: found.n_tokens].tolist())),
+        "text_bytes": model.info.tokenizer.text_bytes(ids[: found.n_tokens]),
         "same_quant": int(found.same_quant),
     }
 
