@@ -19,6 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
 from kvdb_engine import config as configs
@@ -165,6 +167,13 @@ class SyntheticTokenizer(Tokenizer):
         self._control = re.compile(f"({'|'.join(map(re.escape, CONTROL_STRINGS))})")
         self._control_bytes = [text.encode() for text in CONTROL_STRINGS]
         self.bos_id, self.eos_id, self.user, self.assistant, self.think, self.think_end, self.dsml = range(_N_CONTROL)
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.uint16]:
+        lengths = np.full(self.n_tokens + 1, 6, np.uint16)
+        lengths[:_FIRST_WORD] = [len(self.token_bytes(token)) for token in range(_FIRST_WORD)]
+        lengths[-1] = 0
+        return lengths
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text: words that are one token's, else byte by byte."""

@@ -13,10 +13,14 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from array import array
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import AddedToken, Regex
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -119,6 +123,15 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of a run of ids; may begin or end inside a UTF-8 character."""
         return b"".join(map(self.token_bytes, ids))
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.uint16]:
+        """Bytes of each id's text, and a zero for ids outside the vocabulary."""
+        return np.array([*(len(self.token_bytes(token)) for token in range(self.n_tokens)), 0], np.uint16)
+
+    def text_bytes(self, ids: array[int]) -> int:
+        """Bytes of the text of a run of ids, without making it: a prompt of a million ids takes a millisecond."""
+        return int(self._lengths.take(np.frombuffer(ids, np.uint32), mode="clip").sum(dtype=np.int64))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a run of ids; broken UTF-8 becomes U+FFFD."""

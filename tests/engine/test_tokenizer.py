@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvdb_engine.catalog import ModelInfo
+from kvdb_engine.catalog import ModelInfo, open_model
 from kvdb_engine.engine import Engine
 from kvdb_engine.errors import ModelError
 from kvdb_engine.tokenizer import CONTROL_STRINGS, Tokenizer
@@ -98,3 +99,13 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     bad = {**base, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["x y"]}
     with pytest.raises(ModelError, match="do not fit together"):
         Tokenizer.from_gguf(bad, "x.gguf")
+
+
+@pytest.mark.parametrize("name", ["dsv4-nano", "synthetic:dsv4-flash"])
+def test_text_bytes_is_the_length_of_the_text(name: str) -> None:
+    tokenizer = open_model(name).tokenizer
+    ids = array("I", [0, 1, 5, 200, 300, tokenizer.n_tokens - 1, *tokenizer.encode("Quel ramo del lago di Como, così")])
+    assert tokenizer.text_bytes(ids) == len(tokenizer.decode_bytes(ids))
+    assert tokenizer.text_bytes(array("I")) == 0
+    # Ids past the vocabulary, which a padded model may sample, have no text.
+    assert tokenizer.text_bytes(array("I", [tokenizer.n_tokens, 1 << 31])) == 0

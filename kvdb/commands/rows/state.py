@@ -2,7 +2,7 @@
 
 from kvdb.commands.spec import Command
 
-_INPUT = "TEXT text|TOKENS count id [id ...]|CHAT json"
+_INPUT = "TEXT text|TOKENS count id [id ...]|IDS bytes|CHAT json"
 _SAMPLING = "[TEMPERATURE f] [TOPK n] [TOPP f] [MINP f] [SEED n]"
 _ENGINE_ERRORS = "NOENGINE ENGINEDOWN BUSY CANCELLED TOOLONG WRONGMODEL"
 _READ_ERRORS = "CORRUPT WRONGMODEL"
