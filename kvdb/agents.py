@@ -136,7 +136,8 @@ def tree_search(
     """Search for a good sequence of steps: at each level every kept state is tried `branching` times.
 
     score: of a sequence of results; the `width` best states of a level are kept as snapshots. is_goal: ends the search
-    at the first sequence that fulfils it. The session ends at the best sequence of the deepest level reached. The number a step gets is different for every branch of the tree.
+    at the first sequence that fulfils it. The session ends at the best sequence of the deepest level reached. Every
+    branch gets another number.
     """
     client = session.client
     root = _key("tree")

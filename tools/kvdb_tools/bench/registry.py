@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from kvdb_tools.bench import commands, eviction, fork, prefix, replay, restore, sample, session50, snapshot, startup
+from kvdb_tools.bench import (
+    commands,
+    eviction,
+    fork,
+    prefix,
+    reliability,
+    replay,
+    restore,
+    sample,
+    session50,
+    snapshot,
+    startup,
+)
 from kvdb_tools.bench.scenario import Scenario
 
 SCENARIOS: dict[str, Scenario] = {
@@ -18,6 +30,8 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("sample", "SAMPLE and LOGITS from a stored snapshot of 129,280 logits", sample.run),
         Scenario("startup", "seconds to PONG and memory with gigabytes stored", startup.run),
         Scenario("replay", "agent traces, a snapshot a request: bytes against whole-state files", replay.run),
+        Scenario("reliability", "a task of N steps: success without going back and with k tries a step",
+                 reliability.run),
         Scenario("eviction", "simulated: tokens saved by each eviction policy on traces", eviction.run),
     )
 }  # fmt: skip
