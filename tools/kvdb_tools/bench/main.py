@@ -98,6 +98,6 @@ def cell_text(cell: Cell) -> str:
         case int():
             return f"{cell:,}"
         case float():
-            return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
+            return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:#.3g}".rstrip(".")
         case str():
             return cell
