@@ -183,7 +183,13 @@ class Client(asyncio.Protocol):
                 reply: Any = bound.fn(self, request[bound.n_names :])  # type: ignore[misc]
                 kind = type(reply)
                 if kind is bytes:
-                    encoded = b"$%d\r\n%b\r\n" % (len(reply), reply)
+                    if len(reply) > _BATCH_BYTES and is_plain and not bound.is_write:
+                        # Sent from where it is: joining it with its frame would be one more copy.
+                        self.add_reply(b"$%d\r\n" % len(reply))
+                        self.add_reply(reply)
+                        encoded = b"\r\n"
+                    else:
+                        encoded = b"$%d\r\n%b\r\n" % (len(reply), reply)
                 elif kind is Encoded:
                     encoded = reply.data
                 elif kind is int:
@@ -326,12 +332,15 @@ class Client(asyncio.Protocol):
         out = self._out
         if not out:
             return
-        data = out[0] if len(out) == 1 else b"".join(out)
-        out.clear()
+        n_bytes = sum(map(len, out))
         self._out_bytes = 0
-        self.output_bytes += len(data)
+        self.output_bytes += n_bytes
         if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(data)
+            if n_bytes > _BATCH_BYTES and len(out) > 1:
+                self.transport.writelines(out.copy())
+            else:
+                self.transport.write(out[0] if len(out) == 1 else b"".join(out))
+        out.clear()
 
     def push(self, kind: str, *items: Reply) -> None:
         """Send an out-of-band message: a push frame in RESP3, a plain array in RESP2."""

@@ -82,8 +82,8 @@ class RequestParser:
         self._request: Request | None = None  # arguments of the request being read, None between requests
         self._missing = 0  # bulk strings that are still to come
         self._bulk_left = -1  # bytes of the current bulk string and its CRLF still to come, -1: header not read
-        self._bulk: bytearray | None = None  # buffer of a large bulk string
-        self._bulk_at = 0
+        self._bulk: list[bytes] | None = None  # pieces of a large bulk string, joined once
+        self._bulk_at = 0  # their bytes
 
     @property
     def buffered_bytes(self) -> int:
@@ -206,7 +206,7 @@ class RequestParser:
             return start + size + 2
         if size < _OWN_BUFFER_BYTES:
             return -1
-        self._bulk = bytearray()
+        self._bulk = []
         self._bulk_left = size + 2
         self._fill(bytes(memoryview(lines)[start:]))
         return len(lines)
@@ -216,15 +216,17 @@ class RequestParser:
         bulk = self._bulk
         assert bulk is not None and self._request is not None
         taken = min(len(data), self._bulk_left)
-        bulk += data if taken == len(data) else memoryview(data)[:taken]
+        bulk.append(data if taken == len(data) else data[:taken])
         self._bulk_left -= taken
-        self._bulk_at = len(bulk)
+        self._bulk_at += taken
         if self._bulk_left:
             return b""
-        if bulk[-2:] != b"\r\n":
+        if len(bulk) > 1 and len(bulk[-1]) < 2:  # the CRLF came in two pieces
+            bulk[-2:] = [bulk[-2] + bulk[-1]]
+        if bulk[-1][-2:] != b"\r\n":
             raise RequestError("invalid CRLF in request")
-        del bulk[-2:]
-        self._request.append(bytes(bulk))
+        bulk[-1] = bulk[-1][:-2]
+        self._request.append(b"".join(bulk))
         self._missing -= 1
         self._bulk = None
         self._bulk_left = -1
