@@ -24,7 +24,6 @@ VOCAB = 129280
 STEP_TOKENS = 704  # the median step of the agent traces
 SIZES = (25_000, 100_000)
 FULL_SIZES = (*SIZES, 1_000_000)
-_CHUNK_TOKENS = 100_000
 
 U32 = npt.NDArray[np.uint32]
 
@@ -44,16 +43,20 @@ def made_up_ids(n_tokens: int, seed: int = 1, vocab: int = VOCAB) -> U32:
     return np.random.default_rng(seed).integers(0, vocab, n_tokens).astype(np.uint32)
 
 
+def ids_words(ids: U32) -> list[bytes]:
+    """`IDS bytes` as the words of a command."""
+    return [b"IDS", ids.astype("<u4").tobytes()]
+
+
 def token_words(ids: U32) -> list[bytes]:
     """`TOKENS n id...` as the words of a command."""
     return [b"TOKENS", b"%d" % len(ids), *(b"%d" % token for token in ids.tolist())]
 
 
 def grow(call: Caller, session: str, ids: U32, *, is_new: bool) -> None:
-    """Append tokens to a session in commands of 100,000, beginning it when it is new."""
-    for first in range(0, len(ids), _CHUNK_TOKENS):
-        command = "PREFILL" if is_new and first == 0 else "EXTEND"
-        call(command, session, *token_words(ids[first : first + _CHUNK_TOKENS]))
+    """Append tokens to a session, beginning it when it is new."""
+    if len(ids):
+        call("PREFILL" if is_new else "EXTEND", session, *ids_words(ids))
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -43,11 +43,12 @@ def run(settings: Settings) -> Result:
         half = ids.copy()
         half[n_tokens // 2 :] = other[n_tokens // 2 :]
         for name, prompt in (("stored whole", ids), ("stored to the half", half), ("not stored", other)):
-            result.rows.append([name, n_tokens, *_look_up(call, prompt)])
+            result.rows.append([name, n_tokens, *_look_up(call, flash.ids_words(prompt))])
+        result.rows.append(["stored whole, ids as words", n_tokens, *_look_up(call, flash.token_words(ids))])
     result.notes.append(
-        f"round trip: median of {REPEATS}, with a client that sends the ids as words; in the daemon: mean by INFO"
+        f"PREFIX IDS bytes; the last row: PREFIX TOKENS n id ... . Round trip: median of {REPEATS}, client"
     )
-    result.notes.append("INFO commandstats, parsing the ids into integers included, reading them from the socket not")
+    result.notes.append("included. In the daemon: mean by INFO commandstats, without reading from the socket")
     return result
 
 
@@ -63,8 +64,7 @@ def _branches(settings: Settings, call: Caller, n_snapshots: int) -> None:
             settings.say(f"{number + 1:,} snapshots, {time.perf_counter() - began:.0f} s")
 
 
-def _look_up(call: Caller, prompt: flash.U32) -> list[Cell]:
-    words = flash.token_words(prompt)
+def _look_up(call: Caller, words: list[bytes]) -> list[Cell]:
     call("CONFIG", "RESETSTAT")
     times = []
     found = 0

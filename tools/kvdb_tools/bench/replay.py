@@ -109,7 +109,7 @@ def _replay(settings: Settings, trace: Trace) -> Tally:
                 flash.grow(call, "agent", prompt[n_before:], is_new=False)
                 tally.reused += n_before
             else:
-                reply = call.map("PREFILL", "agent", *flash.token_words(prompt))
+                reply = call.map("PREFILL", "agent", *flash.ids_words(prompt))
                 tally.reused += as_int(reply["reused"])
             flash.grow(call, "agent", answer, is_new=False)
             tally.prefill_s += time.perf_counter() - began
