@@ -6,6 +6,8 @@ from kvdb_tools.bench import (
     commands,
     eviction,
     fork,
+    http_choices,
+    http_replay,
     prefix,
     reliability,
     replay,
@@ -14,6 +16,7 @@ from kvdb_tools.bench import (
     session50,
     snapshot,
     startup,
+    switch,
 )
 from kvdb_tools.bench.scenario import Scenario
 
@@ -32,6 +35,9 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("replay", "agent traces, a snapshot a request: bytes against whole-state files", replay.run),
         Scenario("reliability", "a task of N steps: success without going back and with k tries a step",
                  reliability.run),
+        Scenario("switch", "50 sessions of 4,096 tokens round-robin: RESTORE against prefill", switch.run),
+        Scenario("choices", "8 choices of an 8k prompt over HTTP, against one", http_choices.run),
+        Scenario("http", "agent traces over HTTP: share of prompt tokens served from states", http_replay.run),
         Scenario("eviction", "simulated: tokens saved by each eviction policy on traces", eviction.run),
     )
 }  # fmt: skip
