@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 import ssl
 import stat
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kvdb.net.service import Server
 
 log = logging.getLogger("kvdb")
+
+_OWN_DESCRIPTORS = 128  # segments, index, journal, workers, listeners
 
 _DENIED = (
     "DENIED kvdb is running in protected mode because protected mode is enabled and no password is set for the default "
@@ -122,6 +125,21 @@ def tls_context(config: Config) -> ssl.SSLContext:
     modes = {"yes": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "no": ssl.CERT_NONE}
     context.verify_mode = modes[config.text("tls-auth-clients")]
     return context
+
+
+def raise_file_limit(maxclients: int) -> None:
+    """Allow a descriptor for each client; warn when the system does not."""
+    wanted = maxclients + _OWN_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (OSError, ValueError):
+        allowed = soft
+    if allowed < wanted:
+        log.warning("only %d of %d clients fit: raise the limit of open files", allowed - _OWN_DESCRIPTORS, maxclients)
 
 
 def tune(sock: socket.socket, keepalive_seconds: int) -> None:

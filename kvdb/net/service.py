@@ -118,6 +118,7 @@ class Server:
         self.store, self.keyspace = backend.store, backend.keyspace
         self.sessions, self.models, self.background = backend.sessions, backend.models, backend.background
         self.store.budget.on_evicted = self._evicted
+        listeners.raise_file_limit(self.config.number("maxclients"))
         try:
             self._listeners = await listeners.open_all(self)
         except BaseException:

@@ -100,6 +100,16 @@ def test_command_subcommands(wire: Wire) -> None:
     assert wire("CONFIG", "HELP")[1][0][0] == "+"  # type: ignore[index]
 
 
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_clients_can_put_the_syntax_together_again(row: Command) -> None:
+    shown = []
+    for argument in syntax_arguments(row.syntax):
+        assert isinstance(argument, dict)
+        text = str(argument["display_text"])
+        shown.append(f"[{text}]" if "flags" in argument else text)
+    assert " ".join(shown) == row.syntax
+
+
 def test_syntax_arguments() -> None:
     names = [argument["name"] for argument in syntax_arguments("key value [NX|XX] [EX seconds|PX ms]")]  # type: ignore[index, call-overload]
     assert names == ["key", "value", "NX|XX", "EX seconds|PX ms"]
