@@ -113,10 +113,9 @@ def syntax_arguments(syntax: str) -> list[Reply]:
     """The top-level arguments of a syntax line, in the form COMMAND DOCS has: clients show them as hints."""
     arguments: list[Reply] = []
     for token in _top_level(syntax):
-        optional = token.startswith("[")
+        # `[id ...]|IDS` begins with a bracket, but is not one optional argument.
+        optional = token.startswith("[") and token.endswith("]")
         text = token[1:-1] if optional else token
-        if text.endswith("...]") or text == "...":
-            text = text.rstrip(".] ").strip()
         kind = "string" if optional or not text.isupper() else "pure-token"
         argument: dict[str, Reply] = {"name": text, "type": kind, "display_text": text}
         if kind == "pure-token":

@@ -9,6 +9,7 @@ import pytest
 from kvdb.commands import all_commands
 from kvdb.commands.describe import keys_of, syntax_arguments
 from kvdb.commands.reference import page
+from kvdb.commands.spec import Command
 from kvdb.commands.table import TABLE
 
 from .conftest import Daemon, Wire
