@@ -55,7 +55,7 @@ fragments = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.lists(fragments, max_size=8).map(b"".join), st.data())
 def test_pieces_do_not_matter(data: bytes, draw: st.DataObject) -> None:
     whole = outcome([data])
@@ -65,7 +65,7 @@ def test_pieces_do_not_matter(data: bytes, draw: st.DataObject) -> None:
     assert outcome([data[a:b] for a, b in pairwise(edges)]) == whole
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(requests_, max_size=30))
 def test_requests_come_back(requests: list[list[bytes]]) -> None:
     assert outcome([b"".join(pack(*request) for request in requests)]) == (requests, None)

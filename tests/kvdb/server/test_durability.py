@@ -19,7 +19,7 @@ OK = ("+", b"OK")
 def test_always_survives_kill(start: StartDaemon) -> None:
     """Every acknowledged write of four clients is there after SIGKILL, whatever the moment."""
     daemon = start(appendfsync="always")
-    for _ in range(3):
+    for _ in range(2):
         acknowledged: dict[bytes, bytes] = {}
         threads = [threading.Thread(target=write_until_gone, args=(daemon, n, acknowledged)) for n in range(4)]
         for thread in threads:

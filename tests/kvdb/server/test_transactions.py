@@ -144,7 +144,8 @@ def test_expired_event(wire: Wire, other: Wire) -> None:
     other("HELLO", 3)
     other("SUBSCRIBE", "__keyevent@0__:expired")
     wire("SET", "gone", "1", "PX", "20")
-    assert other.reply() == (">", [("$", b"message"), ("$", b"__keyevent@0__:expired"), ("$", b"gone")])
+    while (event := other.reply()) != (">", [("$", b"message"), ("$", b"__keyevent@0__:expired"), ("$", b"gone")]):
+        assert event[1][2] == ("$", b"k"), "a key of an earlier test may expire here"  # type: ignore[index]
     wire("CONFIG", "SET", "notify-keyspace-events", "")
 
 
