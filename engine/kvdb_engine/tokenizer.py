@@ -141,6 +141,10 @@ class Tokenizer:
         """A decoder that is fed id by id."""
         return StreamDecoder(self)
 
+    def save(self, path: Path) -> None:
+        """Write a tokenizer.json that `from_json` reads back."""
+        self._backend.save(str(path))
+
     @classmethod
     def from_json(cls, path: Path) -> Tokenizer:
         """Read a Hugging Face tokenizer.json. Raises ModelError naming the file."""

@@ -59,6 +59,9 @@ class Tensor(Protocol):
     def dense(self) -> F32:
         """All values as float32."""
 
+    def matrix(self, index: int) -> F32:
+        """One matrix of a stacked tensor as float32; the others are not expanded."""
+
     def affine(self) -> AffineCodes | None:
         """The values as they are stored, if that is a form MLX can multiply with; None otherwise. Nothing is lost."""
 
@@ -90,6 +93,10 @@ class HostTensor:
         """See Tensor."""
         return np.ascontiguousarray(self.values, dtype=np.float32)
 
+    def matrix(self, index: int) -> F32:
+        """See Tensor."""
+        return np.ascontiguousarray(self.values[index], dtype=np.float32)
+
     def affine(self) -> AffineCodes | None:
         """See Tensor."""
         return None
@@ -110,32 +117,55 @@ class AffineTensor:
         """See Tensor."""
         return self.codes.dense()
 
+    def matrix(self, index: int) -> F32:
+        """See Tensor."""
+        c = self.codes
+        return AffineCodes(c.codes[index], c.scales[index], c.biases[index], c.group_size, c.bits).dense()
+
     def affine(self) -> AffineCodes | None:
         """See Tensor."""
         return self.codes
 
 
-def stack(tensors: list[Tensor]) -> Tensor:
-    """Tensors of one shape as one with a new first axis; stays quantised if all are, in one way."""
-    codes = [tensor.affine() for tensor in tensors]
-    ways = {(code.group_size, code.bits) if code else None for code in codes}
-    first = codes[0]
-    if first is None or len(ways) > 1:
-        return HostTensor(np.stack([tensor.dense() for tensor in tensors]))
-    found = [code for code in codes if code is not None]
-    return AffineTensor(
-        AffineCodes(
-            np.stack([code.codes for code in found]),
-            np.stack([code.scales for code in found]),
-            np.stack([code.biases for code in found]),
-            first.group_size,
-            first.bits,
+@dataclass(frozen=True, slots=True)
+class StackedTensor:
+    """Tensors of one shape as one with a new first axis."""
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See Tensor."""
+        return (len(self.tensors), *self.tensors[0].shape)
+
+    def dense(self) -> F32:
+        """See Tensor."""
+        return np.stack([tensor.dense() for tensor in self.tensors])
+
+    def matrix(self, index: int) -> F32:
+        """See Tensor."""
+        return self.tensors[index].dense()
+
+    def affine(self) -> AffineCodes | None:
+        """See Tensor. Quantised if all are, in one way."""
+        found = [codes for tensor in self.tensors if (codes := tensor.affine()) is not None]
+        if len(found) < len(self.tensors) or len({(codes.group_size, codes.bits) for codes in found}) > 1:
+            return None
+        return AffineCodes(
+            np.stack([codes.codes for codes in found]),
+            np.stack([codes.scales for codes in found]),
+            np.stack([codes.biases for codes in found]),
+            found[0].group_size,
+            found[0].bits,
         )
-    )
 
 
 def regroup(tensor: Tensor, *leading: int) -> Tensor:
-    """The same values with other leading axes; stays quantised."""
+    """The same values with other leading axes; stays quantised, and on the device if it is made there."""
+    own = getattr(tensor, "regroup", None)
+    if own is not None:
+        regrouped: Tensor = own(*leading)
+        return regrouped
     codes = tensor.affine()
     if codes is not None:
         return AffineTensor(codes.reshape(*leading))

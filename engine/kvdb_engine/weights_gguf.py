@@ -98,6 +98,13 @@ class GgufTensor:
             return np.asarray(self.raw.data).reshape(self.shape).astype(np.float32)
         return np.ascontiguousarray(dequantize(self.raw.data, self.raw.tensor_type), np.float32).reshape(self.shape)
 
+    def matrix(self, index: int) -> F32:
+        """See weights.Tensor."""
+        from gguf.quants import dequantize
+
+        values = dequantize(self.raw.data[index], self.raw.tensor_type)
+        return np.ascontiguousarray(values, np.float32).reshape(self.shape[1:])
+
     def affine(self) -> AffineCodes | None:
         """See weights.Tensor. Q8_0 and Q4_K are affine in groups of 32; the other kinds are not."""
         unpack = {"Q8_0": _affine_q8_0, "Q4_K": _affine_q4_k}.get(self.kind)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from kvdb_engine.errors import ModelError
 from kvdb_engine.packing import E2M1, E4M3, F32
-from kvdb_engine.weights import AffineCodes, AffineTensor, HostTensor, Tensor, stack
+from kvdb_engine.weights import AffineCodes, AffineTensor, StackedTensor, Tensor
 
 HEADER_LIMIT = 100 << 20  # the format's own limit for the JSON header
 _DTYPES = {
@@ -44,7 +44,10 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of one file: its stored kind, stored shape, and raw values (BF16 as u16, FP8 as u8)."""
+    """One tensor of one file: its stored kind, stored shape, and raw values (BF16 as u16, FP8 as u8).
+
+    Implements weights.Tensor for tensors without a scale.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -63,6 +66,14 @@ class Entry:
                 return powers
             case _:
                 return self.values.astype(np.float32)
+
+    def matrix(self, index: int) -> F32:
+        """See weights.Tensor."""
+        return Entry(self.kind, self.shape[1:], self.values[index]).dense()
+
+    def affine(self) -> AffineCodes | None:
+        """See weights.Tensor."""
+        return None
 
 
 def read_file(path: Path) -> dict[str, Entry]:
@@ -130,6 +141,10 @@ class ScaledTensor:
         spread = np.repeat(np.repeat(scale, rows, axis=0)[:out], columns, axis=1)[:, :inner]
         return np.ascontiguousarray(values * spread)
 
+    def matrix(self, index: int) -> F32:
+        """See weights.Tensor."""
+        raise ValueError("FP8 and FP4 matrices are not stacked")
+
     def affine(self) -> AffineCodes | None:
         """See weights.Tensor."""
         return None
@@ -164,7 +179,7 @@ class SafetensorsSource:
             scale = self._entries.get(name + suffix)
             if scale is not None and len(scale.shape) == 2 and len(entry.shape) == 2:
                 return ScaledTensor(entry, scale)
-        return HostTensor(entry.dense())
+        return entry
 
     def find_experts(self, layer: int, part: str) -> Tensor | None:
         """See weights.TensorSource."""
@@ -178,7 +193,7 @@ class SafetensorsSource:
             return None
         if len({tensor.shape for tensor in found}) > 1:
             raise ModelError(f"{self.where}: experts of layer {layer} ({part}) differ in shape")
-        return stack(found)
+        return StackedTensor(tuple(found))
 
     def _affine(self, name: str, entry: Entry) -> AffineCodes:
         """A matrix that MLX's tools quantised: codes in .weight, and .scales and .biases."""

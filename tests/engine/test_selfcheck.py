@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from kvdb_engine import selfcheck
 from kvdb_engine.engine import Engine
 from kvdb_engine.selfcheck import check_length, main, noise

@@ -14,7 +14,7 @@ from kvdb_engine.catalog import open_model
 from kvdb_engine.engine import Engine
 from kvdb_engine.errors import ModelError
 from kvdb_engine.fidelity import Vectors
-from kvdb_engine.weights import AffineCodes, AffineTensor, HostTensor, regroup, stack
+from kvdb_engine.weights import AffineCodes, AffineTensor, HostTensor, StackedTensor, regroup
 from kvdb_engine.weights_gguf import GgufSource, _affine_q4_k
 from kvdb_engine.weights_safetensors import SafetensorsSource
 from tests.engine.checkpoints import Stored, stored, weights, write_folder
@@ -40,9 +40,9 @@ def test_codes_mean_what_mlx_says(bits: int) -> None:
     tensor = AffineTensor(codes)
     assert tensor.shape == (6, 128)
     assert regroup(tensor, 2, 3).shape == (2, 3, 128)
-    both = stack([tensor, tensor])
+    both = StackedTensor((tensor, tensor))
     assert both.shape == (2, 6, 128) and both.affine() is not None
-    mixed = stack([tensor, HostTensor(values)])
+    mixed = StackedTensor((tensor, HostTensor(values)))
     assert mixed.affine() is None and np.array_equal(mixed.dense()[1], values)
 
 
