@@ -27,7 +27,6 @@ async def restore(sessions: Sessions, db: int, key: bytes, name: bytes, *, repla
     _check_target(sessions, db, name, replace)
     with store.hold(snapshot_id) as record:
         model = sessions.model_of(record.fingerprint)
-        places = store.plan(snapshot_id)
         uid = secrets.token_bytes(16)
         session = Session(uid, model, snapshot_id, record.n_tokens, array("I"), (db, name), used=time.monotonic())
 
@@ -35,7 +34,7 @@ async def restore(sessions: Sessions, db: int, key: bytes, name: bytes, *, repla
             try:
                 await sessions.make_resident(session)
             except NoEngineError:
-                await store.check(places)
+                await store.check(store.plan(snapshot_id))
 
         # The daemon reads the token ids while the worker reads the rows.
         data, _ = await asyncio.gather(store.token_ids(snapshot_id), load())
@@ -45,7 +44,7 @@ async def restore(sessions: Sessions, db: int, key: bytes, name: bytes, *, repla
     await sessions.sweep()
     return {
         "tokens": session.n_tokens,
-        "bytes_read": sum(place.record_bytes for place in places),
+        "bytes_read": record.tail_bytes + record.chain_bytes,
         "recomputed": 0,
         "ms": _ms(began),
     }

@@ -34,7 +34,7 @@ from kvdb.store.holds import Holds
 from kvdb.store.index import Index, Table, Txn
 from kvdb.store.lock import Lock
 from kvdb.store.lookup import Match, longest_prefix
-from kvdb.store.read import Reader, RecordPlace, plan
+from kvdb.store.read import Reader, RecordPlace, plan, tail_place
 from kvdb.store.records import (
     CommittedSnapshot,
     ModelRecord,
@@ -373,7 +373,12 @@ class Store:
         """A snapshot's tail without its sections: ids, text, logits; checked."""
 
         def read() -> Tail:
-            place = self.plan(snapshot_id)[-1]
+            # Not the last place of a plan: that would look up every page of a long state.
+            with self._index.read() as txn:
+                row = txn.snapshot(snapshot_id)
+                if row is None:
+                    raise SnapshotGoneError(f"there is no snapshot {snapshot_id.hex()}")
+                place = tail_place(self._segments.folder, snapshot_id, row)
             with Reader(self._files) as reader:
                 return reader.tail(place)
 
