@@ -216,16 +216,18 @@ class Index:
             raise
 
     def _open_tables(self, read_only: bool) -> list[Any]:
+        names = [table.name.lower().encode() for table in Table]
         if not read_only:
             self._env.reader_check()  # slots of readers that were killed would keep old pages alive
-            # Also on an old index: a table that a newer version of this program added is created empty.
-            tables = [self._env.open_db(table.name.lower().encode()) for table in Table]
-            with self._env.begin(write=True, db=tables[Table.META]) as txn:
-                if txn.get(b"format") is None:
-                    txn.put(b"format", msgpack.packb(FORMAT_VERSION))
+            # Also on an old index: a table that a newer version of this program added is created empty. One
+            # transaction for all: each commit waits for the disk twice.
+            with self._env.begin(write=True) as txn:
+                tables = [self._env.open_db(name, txn=txn) for name in names]
+                if txn.get(b"format", db=tables[Table.META]) is None:
+                    txn.put(b"format", msgpack.packb(FORMAT_VERSION), db=tables[Table.META])
         else:
             try:
-                tables = [self._env.open_db(table.name.lower().encode(), create=False) for table in Table]
+                tables = [self._env.open_db(name, create=False) for name in names]
             except lmdb.NotFoundError as error:
                 raise KvdbError(f"{self.path} is not a kvdb index: {error}") from error
         with self._env.begin(db=tables[Table.META]) as txn:
