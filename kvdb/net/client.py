@@ -12,6 +12,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from kvdb.commands import dispatch
@@ -195,7 +196,10 @@ class Client(asyncio.Protocol):
                 elif kind is int:
                     encoded = b":%d\r\n" % reply
                 elif inspect.isawaitable(reply):
-                    self._run_task(self._finish(bound, reply, began))
+                    task = self._run_task(self._finish(bound, reply, began))
+                    if inspect.iscoroutine(reply):
+                        # A task that is cancelled before it begins would never await it.
+                        task.add_done_callback(partial(_close, reply))
                     break
                 else:
                     encoded = encode(reply, self.resp)
@@ -225,9 +229,10 @@ class Client(asyncio.Protocol):
         if self.task is None:
             self._settle()
 
-    def _run_task(self, work: Coroutine[Any, Any, None]) -> None:
-        self.task = self.server.loop.create_task(work)
+    def _run_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self.task = self.server.loop.create_task(work)
         self._update_stop()
+        return task
 
     def _task_done(self) -> None:
         self.task = None
@@ -277,8 +282,6 @@ class Client(asyncio.Protocol):
             self._mute_last()
             self.send_now()
         except asyncio.CancelledError:
-            if inspect.iscoroutine(work):
-                work.close()
             self.task = None
             raise
         self.last_used = self.server.now
@@ -388,6 +391,10 @@ class Client(asyncio.Protocol):
         self._closing = self._stopped = True
         if self.transport is not None:
             self.transport.abort()
+
+
+def _close(work: Coroutine[Any, Any, Any], _task: object) -> None:
+    work.close()
 
 
 def _address(name: Any) -> str:
