@@ -167,6 +167,7 @@ class Gateway:
         )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # the daemon says itself that it listens
         sockets = open_sockets(hosts, port)
+        await self.memory.wake()
         self._http = _HttpServer(config)
         self._task = asyncio.create_task(self._http.serve(sockets=sockets))
         while not self._http.started and not self._task.done():

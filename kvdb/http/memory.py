@@ -2,6 +2,7 @@
 
     http:turn:HASH      snapshot  the state at the end of an assistant turn, under the hash of what a client has seen
     http:prompt:HASH    snapshot  a state within a prompt: after its system part, every few thousand tokens, at its end
+    http:text:LEN:HASH  snapshot  the end of a raw completion, under the length and hash of its text, prompt included
     http:call:ID        string    the tool block that issued this call id, exactly as sampled
     http:response:ID    string    a response of /v1/responses, for previous_response_id
     http:session:NAME   session   where an answer is being made, or was and may go on
@@ -20,6 +21,7 @@ import logging
 import secrets
 import time
 from array import array
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -51,6 +53,10 @@ def now_ms() -> int:
 
 
 # -- what a conversation is, whatever its spelling ---------------------------------------------------------------------
+
+
+def _text_key(length: int, digest: bytes) -> bytes:
+    return b"http:text:%d:%b" % (length, digest.hex().encode())
 
 
 def _text(content: Any) -> str:
@@ -107,28 +113,76 @@ class Memory:
     def __init__(self, sessions: Sessions) -> None:
         self.sessions = sessions
         self.keyspace = sessions.keyspace
+        self._lengths: list[int] = []  # of the texts that have an anchor, ascending; some may have expired
         self._idle: OrderedDict[bytes, bytes] = OrderedDict()  # turn hash -> session key
         self._locks: dict[bytes, asyncio.Lock] = {}
 
+    async def wake(self) -> None:
+        """At the start of a daemon: learn what is there, and drop the sessions that nobody can go on with."""
+        cursor, lengths = 0, set()
+        while True:
+            cursor, keys = self.keyspace.scan(DB, cursor, 1000)
+            for key in keys:
+                if key.startswith(b"http:text:"):
+                    lengths.add(int(key.split(b":")[2]))
+                elif key.startswith(b"http:session:"):
+                    self.keyspace.delete(DB, key)
+            if not cursor:
+                self._lengths = sorted(lengths)
+                return
+            await asyncio.sleep(0)  # the other port is open already
+
     # anchors
+
+    async def find_text(self, user: bytes, text: bytes) -> tuple[int, array[int]] | None:
+        """The longest remembered text that `text` begins with: its bytes and its timeline's token ids.
+
+        A text that went on is tokenised otherwise at the joint than the tokens that were sampled, so looking for token
+        ids alone would miss it.
+        """
+        hasher, hashes, at = blake3(user + b"\0"), [], 0
+        for length in self._lengths:
+            if length > len(text):
+                break
+            hasher.update(text[at:length])
+            hashes.append((length, hasher.digest()))
+            at = length
+        for length, digest in reversed(hashes):
+            ids = await self._anchored(_text_key(length, digest))
+            if ids is not None:
+                return length, ids
+        return None
+
+    async def keep_text(self, user: bytes, text: bytes, name: bytes) -> None:
+        """Anchor the end of a raw completion."""
+        digest = blake3(user + b"\0" + text).digest()
+        if await self.anchor(_text_key(len(text), digest), name, Reason.CONTINUED):
+            at = bisect_left(self._lengths, len(text))
+            if self._lengths[at : at + 1] != [len(text)]:
+                self._lengths.insert(at, len(text))
+
+    async def _anchored(self, key: bytes) -> array[int] | None:
+        """The token ids of the anchor under a key, which is now kept for longer; None when there is none."""
+        entry = self.keyspace.get(DB, key)
+        if entry is None or not isinstance(entry.value, SnapshotValue):
+            return None
+        try:
+            with self.sessions.store.hold(entry.value.id):
+                ids = ids_array(await self.sessions.store.token_ids(entry.value.id))
+        except SnapshotGoneError:
+            return None
+        except KvdbError as error:
+            log.warning("anchor %s is not used: %s", key.decode(errors="replace"), error.wire)
+            return None
+        self.keyspace.put(DB, key, entry._replace(expire_ms=now_ms() + KEEP_MS))
+        return ids
 
     async def find_turn(self, hashes: Sequence[tuple[int, bytes]]) -> tuple[int, bytes, array[int]] | None:
         """The last remembered turn among (number, hash) pairs, latest first: its number, hash and token ids."""
         for number, turn in hashes:
-            key = b"http:turn:" + turn.hex().encode()
-            entry = self.keyspace.get(DB, key)
-            if entry is None or not isinstance(entry.value, SnapshotValue):
-                continue
-            try:
-                with self.sessions.store.hold(entry.value.id):
-                    ids = ids_array(await self.sessions.store.token_ids(entry.value.id))
-            except SnapshotGoneError:
-                continue
-            except KvdbError as error:
-                log.warning("anchor %s is not used: %s", key.decode(), error.wire)
-                continue
-            self.keyspace.put(DB, key, entry._replace(expire_ms=now_ms() + KEEP_MS))
-            return number, turn, ids
+            ids = await self._anchored(b"http:turn:" + turn.hex().encode())
+            if ids is not None:
+                return number, turn, ids
         return None
 
     async def keep_turn(self, turn: bytes, name: bytes) -> bool:

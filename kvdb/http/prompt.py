@@ -33,6 +33,12 @@ async def make_prompt(ask: Ask, memory: Memory) -> Prompt:
     tokenizer = ask.model.info.tokenizer
     if ask.messages is None:
         if isinstance(ask.prompt, str):
+            text = ask.prompt.encode()
+            found_text = await memory.find_text(ask.user.name + ask.model.info.fingerprint, text)
+            if found_text is not None:
+                length, ids = found_text
+                ids.extend(tokenizer.encode(text[length:].decode()))
+                return Prompt(ids, 0, None, "")
             head = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
             return Prompt(array("I", head + tokenizer.encode(ask.prompt)), 0, None, "")
         return Prompt(array("I", ask.prompt), 0, None, "")

@@ -46,6 +46,7 @@ class ChoiceReader:
         self._reasons = thinking and is_chat
         self._logprobs: list[TokenLogprob] = []
         self._is_changed = False
+        self._raw: list[str] = []
         if forced and self._parser is not None:
             self._parser.feed(forced)
 
@@ -62,7 +63,7 @@ class ChoiceReader:
     @property
     def content(self) -> str:
         """The content so far."""
-        return self._parser.reply().content if self._parser is not None else ""
+        return self._parser.reply().content if self._parser is not None else "".join(self._raw)
 
     @property
     def block(self) -> str:
@@ -82,6 +83,8 @@ class ChoiceReader:
             self._is_changed = True
             return self._end()
         if token == self._tokenizer.eos_id:
+            # A raw text that goes on does not go on behind an end token; a conversation does.
+            self._is_changed = self._is_changed or self._parser is None
             return self._end()
         return self._take(self._decoder.feed([token]))
 
@@ -91,7 +94,9 @@ class ChoiceReader:
 
     def _end(self) -> list[Event]:
         self.is_over = True
-        text, self._held = self._held + self._decoder.finish(), ""
+        cut = self._decoder.finish()
+        self._is_changed = self._is_changed or bool(cut)  # half a character: the client cannot send it back
+        text, self._held = self._held + cut, ""
         events = self._pieces(self._parse(text) + (self._parser.finish() if self._parser is not None else []))
         if self._logprobs:
             events.append(self._delta("content", ""))
@@ -114,6 +119,7 @@ class ChoiceReader:
 
     def _parse(self, text: str) -> list[Piece]:
         if self._parser is None:
+            self._raw.append(text)
             return [Piece("content", text)] if text else []
         return self._parser.feed(text)
 

@@ -185,7 +185,12 @@ async def _keep(memory: Memory, ask: Ask, prompt: Prompt, name: bytes, reader: C
     """Remember the end of a turn under what the client has seen of it; the turn's hash, or None."""
     if reader.calls:
         memory.keep_block([call.id for call in reader.calls], reader.block)
-    if ask.messages is None or not reader.is_whole:
+    if not reader.is_whole:
+        return None
+    if ask.messages is None:
+        if isinstance(ask.prompt, str):
+            text = ask.prompt + reader.content
+            await memory.keep_text(ask.user.name + ask.model.info.fingerprint, text.encode(), name)
         return None
     content = reader.content
     if ask.messages[-1].get("role") == "assistant":

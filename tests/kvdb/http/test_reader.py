@@ -104,6 +104,20 @@ def test_speaking_for_the_user_ends_the_choice(tokenizer: Tokenizer) -> None:
     assert not reader.is_whole
 
 
+def test_half_a_character_cannot_be_sent_back(tokenizer: Tokenizer) -> None:
+    reader = reader_of(tokenizer)
+    ids = tokenizer.encode("è世")
+    for token in ids[:-1]:
+        reader.feed(token)
+    reader.finish()
+    assert reader.content.endswith("\ufffd")
+    assert not reader.is_whole
+
+
 def test_raw_text_is_not_parsed(tokenizer: Tokenizer) -> None:
     reader = reader_of(tokenizer, is_chat=False)
+    assert reader_of(tokenizer, is_chat=False).is_whole
     assert run(reader, tokenizer, f"a{BLOCK}</think>b")[1] == f"a{BLOCK}</think>b"
+    ended = reader_of(tokenizer, is_chat=False)
+    assert run(ended, tokenizer, "The end.", tokenizer.eos_id)[1] == "The end."
+    assert not ended.is_whole

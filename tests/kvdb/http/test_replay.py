@@ -187,6 +187,19 @@ def test_parallel_requests_do_not_mix(served: Served) -> None:
         assert list(pool.map(run, range(6))) == alone
 
 
+def test_a_text_that_goes_on_is_found_by_its_text(served: Served) -> None:
+    """The sampled tokens of an answer that is sent back as text are not what the tokenizer makes of it."""
+    prompt = "The keeper of the light wrote in his book, day after day: " * 6
+    for seed in range(4):
+        asked = {"model": MODEL, "prompt": prompt, "max_tokens": 13, "temperature": 1.3, "seed": seed}
+        first = served.openai.completions.create(**asked)
+        assert first.choices[0].finish_reason == "length"
+        again = {**asked, "prompt": prompt + first.choices[0].text + " and then the wind", "max_tokens": 1}
+        second = served.openai.completions.create(**again)
+        if "\ufffd" not in first.choices[0].text:
+            assert second.usage.prompt_tokens_details.cached_tokens == first.usage.total_tokens
+
+
 def test_answers_leave_few_sessions_behind(served: Served) -> None:
     before = sum(1 for _ in served.redis.scan_iter(match="http:session:*"))
     for number in range(5):
