@@ -23,17 +23,15 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 help:
 	@sed -n '3,9s/^# *//p' Makefile
 
-# `engine` is MLX and what it needs, `fastblas` a faster matrix product for Linux CPUs, `dev` the tests' own tools.
+# `engine` runs models (MLX on a GPU, numpy on processors), `dev` is what the tests need.
 $(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "kvdb needs Python 3.11 or newer; none was found (set PYTHON=...)"; exit 1; }
 	@started=$$(date +%s); \
 	echo "setting up $(VENV) with $$($(PYTHON) --version) ..."; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || exit 1; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[engine,fastblas,dev]' || exit 1; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[engine,dev]' || exit 1; \
 	touch $(READY); \
 	echo "set up in $$(( $$(date +%s) - started )) s"
-	@if [ "$$(uname -s)" = Linux ] && ! PATH=$$PATH:/sbin ldconfig -p 2>/dev/null | grep -q libgfortran.so.5; then \
-	echo "note: libgfortran5 is not installed; the engine works, but slowly (apt-get install libgfortran5)"; fi
 
 ready: $(READY)
 
