@@ -10,6 +10,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+comma := ,
 DIR ?= kvdb-data
 PORT ?= 6374
 ARGS ?=
@@ -23,15 +25,25 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 help:
 	@sed -n '3,9s/^# *//p' Makefile
 
-# `engine` runs models (MLX on a GPU, numpy on processors), `dev` is what the tests need.
-$(READY): pyproject.toml
+# $(call install,EXTRAS): make the environment if there is none, and say how long it took.
+define install
 	@test -n "$(PYTHON)" || { echo "kvdb needs Python 3.11 or newer; none was found (set PYTHON=...)"; exit 1; }
 	@started=$$(date +%s); \
-	echo "setting up $(VENV) with $$($(PYTHON) --version) ..."; \
+	echo "setting up $(VENV) with $$($(PYTHON) --version), kvdb[$(1)] ..."; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || exit 1; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[engine,dev]' || exit 1; \
-	touch $(READY); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(1)]' || exit 1; \
+	touch $@; \
 	echo "set up in $$(( $$(date +%s) - started )) s"
+endef
+
+# To run: `engine` runs models (MLX on a GPU, numpy on processors), `http` is for --http-port.
+$(READY): pyproject.toml
+	$(call install,engine$(comma)http)
+
+# To test: also what the tests need.
+$(READY_DEV): pyproject.toml
+	$(call install,engine$(comma)http$(comma)dev)
+	@touch $(READY)
 
 ready: $(READY)
 
@@ -45,28 +57,28 @@ serve: $(READY)
 cli: $(READY)
 	@$(BIN)/kvdb-cli -p $(PORT) $(ARGS)
 
-test: $(READY)
+test: $(READY_DEV)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-slow: $(READY)
+test-slow: $(READY_DEV)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-show: $(READY)
+show: $(READY_DEV)
 	@for program in $(filter-out tests/show/test_%.py tests/show/records.py,$(wildcard tests/show/*.py)); do \
 	echo "== $$program"; $(BIN)/python $$program $(ARGS) || exit 1; done
 
 check: format lint types test docs
 
-format: $(READY)
+format: $(READY_DEV)
 	$(BIN)/ruff format --check .
 
-lint: $(READY)
+lint: $(READY_DEV)
 	$(BIN)/ruff check .
 
-types: $(READY)
+types: $(READY_DEV)
 	$(BIN)/mypy
 
-docs: $(READY)
+docs: $(READY_DEV)
 	$(BIN)/python -m kvdb.commands.reference --check docs/commands.md
 	$(BIN)/python -m kvdb_tools.doccheck .
 
