@@ -269,6 +269,7 @@ def _write(
                 count[0] += int(np.prod(entry.shape, dtype=np.int64))
                 count[1] += _bytes(entry)
                 done += _bytes(entry)
+                source.release()
                 progress(done, total, entry.name)
             out.flush()
             os.fsync(out.fileno())

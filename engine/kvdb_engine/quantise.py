@@ -15,7 +15,8 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 # Shares of a group's range that are tried at up to 4 bits.
 _SHRINK = (1.0, 0.92, 0.85, 0.78, 0.72, 0.66, 0.6)
-_CHUNK_VALUES = 1 << 20
+# What fits a processor's second-level cache with its temporaries.
+_CHUNK_VALUES = 1 << 17
 
 
 def quantise(values: F32, bits: int, group_size: int) -> AffineCodes:
@@ -48,8 +49,12 @@ def _quantise_groups(groups: F32, bits: int) -> tuple[np.ndarray, F32, F32]:
         scale = _f16(half * np.float32(2 * share) / top)
         scale[scale == 0] = np.float32(2.0**-24)
         bias = _f16(middle - half * np.float32(share))
-        code = np.clip(np.rint((groups - bias[:, None]) / scale[:, None]), 0, top)
-        error = np.square(code * scale[:, None] + bias[:, None] - groups).sum(axis=1)
+        exact = groups - bias[:, None]
+        exact *= (1 / scale)[:, None]
+        code = np.rint(exact)
+        np.clip(code, 0, top, out=code)
+        exact -= code
+        error = np.einsum("ij,ij->i", exact, exact) * scale * scale
         if best is None:
             best, least = (code, scale, bias), error
             continue

@@ -7,6 +7,7 @@ weights_safetensors, weights_gguf.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,6 +77,9 @@ class TensorSource(Protocol):
 
     def find_experts(self, layer: int, part: str) -> Tensor | None:
         """Routed experts of a layer, stacked. part: w1 (gate), w3 (up) or w2 (down)."""
+
+    def release(self) -> None:
+        """Give back the memory of file pages that were read; they are read again when needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,12 @@ def regroup(tensor: Tensor, *leading: int) -> Tensor:
     if codes is not None:
         return AffineTensor(codes.reshape(*leading))
     return HostTensor(tensor.dense().reshape(*leading, tensor.shape[-1]))
+
+
+def release(mapped: mmap.mmap) -> None:
+    """Drop a mapped file's pages from this process's memory; nothing is lost, the mapping is read-only."""
+    if hasattr(mapped, "madvise"):  # not on Windows
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def need(source: TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:

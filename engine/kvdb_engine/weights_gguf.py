@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvdb_engine.errors import ModelError
 from kvdb_engine.packing import F32
-from kvdb_engine.weights import AffineCodes, Tensor
+from kvdb_engine.weights import AffineCodes, Tensor, release
 
 _GLOBAL = {
     "embed": "token_embd",
@@ -162,6 +162,10 @@ class GgufSource:
     def kinds(self) -> dict[str, str]:
         """GGUF type of each tensor, by GGUF name."""
         return {name: tensor.tensor_type.name for name, tensor in self._tensors.items()}
+
+    def release(self) -> None:
+        """See weights.TensorSource."""
+        release(self._reader.data._mmap)  # type: ignore[attr-defined]
 
     def find(self, name: str) -> Tensor | None:
         """See weights.TensorSource."""

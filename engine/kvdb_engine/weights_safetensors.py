@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from kvdb_engine.errors import ModelError
 from kvdb_engine.packing import E2M1, E4M3, F32
-from kvdb_engine.weights import AffineCodes, AffineTensor, StackedTensor, Tensor
+from kvdb_engine.weights import AffineCodes, AffineTensor, StackedTensor, Tensor, release
 
 HEADER_LIMIT = 100 << 20  # the format's own limit for the JSON header
 _DTYPES = {
@@ -76,8 +76,8 @@ class Entry:
         return None
 
 
-def read_file(path: Path) -> dict[str, Entry]:
-    """All tensors of a safetensors file, mapped. Raises ModelError naming the file."""
+def read_file(path: Path) -> tuple[dict[str, Entry], mmap.mmap]:
+    """All tensors of a safetensors file, and the mapping that holds them. Raises ModelError naming the file."""
     try:
         with path.open("rb") as file:
             head = file.read(8)
@@ -86,7 +86,8 @@ def read_file(path: Path) -> dict[str, Entry]:
             if not 2 <= length <= min(HEADER_LIMIT, size - 8):
                 raise ModelError(f"{path}: not a safetensors file, or cut short")
             header = json.loads(file.read(length))
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + length :]
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = memoryview(mapped)[8 + length :]
     except FileNotFoundError as error:
         raise ModelError(f"{path}: missing; is the download complete?") from error
     except (OSError, ValueError) as error:
@@ -106,7 +107,7 @@ def read_file(path: Path) -> dict[str, Entry]:
         if last - first != dtype.itemsize * int(np.prod(shape, dtype=np.int64)) or last > len(data):
             raise ModelError(f"{path}: tensor {name} is cut short; is the download complete?")
         found[name] = Entry(kind, shape, np.frombuffer(data[first:last], dtype).reshape(shape))
-    return found
+    return found, mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +159,11 @@ class SafetensorsSource:
         self.where = str(folder)
         self._quantization = dict(quantization or {})
         self._entries: dict[str, Entry] = {}
+        self._maps: list[mmap.mmap] = []
         for path in weight_files(folder):
-            self._entries.update(read_file(path))
+            entries, mapped = read_file(path)
+            self._entries.update(entries)
+            self._maps.append(mapped)
         # "model." in front is how some exports write the same names.
         if not any(name.startswith("layers.") for name in self._entries):
             self._entries = {name.removeprefix("model."): entry for name, entry in self._entries.items()}
@@ -167,6 +171,11 @@ class SafetensorsSource:
     def kinds(self) -> dict[str, str]:
         """Stored kind of each tensor, by its name in the file."""
         return {name: entry.kind for name, entry in self._entries.items()}
+
+    def release(self) -> None:
+        """See weights.TensorSource."""
+        for mapped in self._maps:
+            release(mapped)
 
     def find(self, name: str) -> Tensor | None:
         """See weights.TensorSource."""
