@@ -79,7 +79,7 @@ types: $(READY_DEV)
 	$(BIN)/mypy
 
 docs: $(READY_DEV)
-	$(BIN)/python -m kvdb.commands.reference --check docs/commands.md
+	$(BIN)/python -m kvdb.commands.reference --check docs/commands.md docs/kvdb.conf
 	$(BIN)/python -m kvdb_tools.doccheck .
 
 clean:

@@ -1,4 +1,4 @@
-"""docs/commands.md, made from the command table: `python -m kvdb.commands.reference [--check] FILE`."""
+"""docs/commands.md and docs/kvdb.conf, made from the tables: `python -m kvdb.commands.reference [--check] FILE ...`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from kvdb.commands import all_commands
 from kvdb.commands.registry import Bound
 from kvdb.commands.spec import Command
 from kvdb.commands.table import TABLE
+from kvdb.config import PARAMETERS
 
 _GROUPS = {
     "state": ("States", "What kvdb is for: sessions are live timelines, snapshots are stored ones."),
@@ -64,20 +65,41 @@ def _entry(row: Command) -> str:
     return f"### `{f'{row.name} {row.syntax}'.strip()}`\n\n{row.summary}.{errors}\n<sub>{' · '.join(facts)}</sub>\n\n"
 
 
+_CONF_HEAD = """# Configuration of kvdb-server: kvdb-server FILE.conf [--name value ...]
+#
+# One "name value" a line, as in redis.conf; sizes take kb, mb, gb. Every name is here with its default, commented out.
+# Names marked * can be changed while the server runs, with CONFIG SET; CONFIG REWRITE writes the changes into the file.
+# Made from the table in kvdb/config.py by python -m kvdb.commands.reference docs/kvdb.conf.
+"""
+
+
+def example_config() -> str:
+    """The text of docs/kvdb.conf."""
+    parts = [_CONF_HEAD]
+    for parameter in PARAMETERS.values():
+        choices = f": {', '.join(parameter.choices)}" if parameter.choices else ""
+        star = "* " if parameter.live else ""
+        shown = parameter.show(parameter.default)
+        value = shown or '""'
+        parts.append(f"\n# {star}{parameter.help}{choices}\n# {parameter.name} {value}\n")
+    return "".join(parts)
+
+
 def main() -> int:
-    """Write the page, or with --check say whether it is up to date."""
+    """Write the files, or with --check say whether they are up to date."""
     words = [word for word in sys.argv[1:] if word != "--check"]
-    if len(words) != 1:
-        sys.stderr.write("usage: python -m kvdb.commands.reference [--check] FILE\n")
+    if not words:
+        sys.stderr.write("usage: python -m kvdb.commands.reference [--check] FILE ...\n")
         return 2
-    path = Path(words[0])
-    if "--check" not in sys.argv:
-        path.write_text(page())
-        return 0
-    if path.exists() and path.read_text() == page():
-        return 0
-    sys.stderr.write(f"{path} is stale: run python -m kvdb.commands.reference {path}\n")
-    return 1
+    stale = 0
+    for path in map(Path, words):
+        text = example_config() if path.suffix == ".conf" else page()
+        if "--check" not in sys.argv:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            sys.stderr.write(f"{path} is stale: run python -m kvdb.commands.reference {path}\n")
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

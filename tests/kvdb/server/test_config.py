@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvdb import config
+from kvdb.commands.reference import example_config
 from kvdb.config import ConfigError, from_command_line, from_pairs, option_pairs, read_pairs
 from kvdb.rewrite import rewritten
 from kvdb.server import usage
@@ -46,6 +47,18 @@ BAD = [
 def test_bad_options(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_command_line(words)
+
+
+def test_the_example_file_says_the_defaults() -> None:
+    text = example_config()
+    lines = [
+        line.removeprefix("# ")
+        for line in text.splitlines()
+        if line.partition(" ")[2].partition(" ")[0] in config.PARAMETERS
+    ]
+    assert len(lines) == len(config.PARAMETERS)
+    made = from_pairs(read_pairs("\n".join(lines), "example"))
+    assert all(made.is_default(name) for name in config.PARAMETERS)
 
 
 def test_bad_lines_name_the_line() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from kvdb.commands import all_commands
 from kvdb.commands.describe import keys_of, syntax_arguments
-from kvdb.commands.reference import page
+from kvdb.commands.reference import example_config, page
 from kvdb.commands.spec import Command
 from kvdb.commands.table import TABLE
 
@@ -38,6 +38,7 @@ def test_rows_are_described() -> None:
 
 
 def test_the_reference_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "kvdb.conf").read_text() == example_config()
     assert (ROOT / "docs" / "commands.md").read_text() == page(), (
         "run: python -m kvdb.commands.reference docs/commands.md"
     )
