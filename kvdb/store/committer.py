@@ -4,7 +4,9 @@ One round is in flight at a time. It takes the keyspace overlay and every item s
 
     1. datasync of the segments that items wrote to     a failure fails the items of that segment
     2. one transaction that runs every item             an item that raises is undone alone (child transaction)
-    3. commit, synced                                    a failure fails every item; the overlay stays in memory
+    3. commit, synced                                    a failure fails every item; the overlay stays in memory.
+                                                         On a full disk: once more with the ballast's space, and
+                                                         without the items that wrote records
     4. on the event loop: readers see the commit, futures are resolved
     5. freed ranges are punched, empty segments unlinked
 
@@ -20,13 +22,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from kvdb.errors import KvdbError
+from kvdb.errors import KvdbError, MisconfError, NoSpaceError
+from kvdb.store.ballast import Ballast
 from kvdb.store.errors import as_kvdb_error
 from kvdb.store.files import Files
 from kvdb.store.holds import Holds, sweep
 from kvdb.store.index import Index, Txn
 from kvdb.store.segments import Segments
 from kvdb.store.work import Extent, Work, settle
+
+DISK_FULL = "the disk is full: free space or delete keys, then retry"
 
 T = TypeVar("T")
 ItemFunction = Callable[[Txn, Work], T]
@@ -61,6 +66,7 @@ class _Round:
     retired: frozenset[int]
     work: Work = field(default_factory=Work)
     error: KvdbError | None = None
+    full: NoSpaceError | None = None  # committed, but the ballast is gone: refuse new writes
 
 
 class Committer:
@@ -73,6 +79,7 @@ class Committer:
         files: Files,
         segments: Segments,
         holds: Holds,
+        ballast: Ballast,
         refresh: Callable[[], None],
     ) -> None:
         self._loop = loop
@@ -80,6 +87,7 @@ class Committer:
         self._files = files
         self._segments = segments
         self._holds = holds
+        self._ballast = ballast
         self._refresh = refresh
         self._overlay: Overlay | None = None
         self._waiting: list[_Item[object]] = []
@@ -146,7 +154,7 @@ class Committer:
         if (bug := done.exception()) is not None:
             this.error = as_kvdb_error(bug, "commit")
         self.rounds += 1
-        self.error = this.error
+        self.error = this.error or this.full
         self.live_bytes += sum(this.work.live_delta.values())
         self._refresh()
         self._holds.end_round()
@@ -177,6 +185,30 @@ class Committer:
 
     def _run(self, this: _Round) -> None:
         self._sync(this.items)
+        try:
+            self._commit(this)
+        except Exception as error:
+            this.error = as_kvdb_error(error, "commit")
+            # A write that is cut short by a full disk reaches us as MisconfError (errors.py).
+            if isinstance(this.error, NoSpaceError | MisconfError) and self._ballast.drop():
+                self._commit_without_records(this, this.error)
+        if not self._ballast.fill() and this.error is None:
+            this.full = NoSpaceError(DISK_FULL)
+
+    def _commit_without_records(self, this: _Round, error: KvdbError) -> None:
+        """Use the ballast's space for everything but new records: deletions free more than that."""
+        for item in this.items:
+            if item.extent is not None:
+                item.error = item.error or error
+        try:
+            self._commit(this)
+        except Exception as again:
+            this.error = as_kvdb_error(again, "commit")
+        else:
+            this.error = None
+
+    def _commit(self, this: _Round) -> None:
+        this.work = Work()
         txn = self._index.begin_write()
         try:
             if this.overlay is not None:
@@ -189,10 +221,11 @@ class Committer:
             sweep(txn, this.work, self._holds)
             settle(txn, this.work, this.busy)
             self._files.commit(txn.raw.commit)
-        except Exception as error:
+        except BaseException:
             txn.raw.abort()
-            this.error = as_kvdb_error(error, "commit")
             this.work = Work()
+            self._holds.end_round()
+            raise
 
     def _sync(self, items: Sequence[_Item[object]]) -> None:
         by_segment: dict[int, list[_Item[object]]] = {}

@@ -64,6 +64,9 @@ class Files(Protocol):
     def truncate(self, fd: int, n_bytes: int) -> None:
         """Set a file's length."""
 
+    def allocate(self, fd: int, n_bytes: int) -> None:
+        """Make a file have this length and blocks for all of it."""
+
     def punch(self, fd: int, offset: int, n_bytes: int) -> bool:
         """Give a range's blocks back to the file system, keeping the length. False where that is unsupported."""
 
@@ -144,6 +147,13 @@ class OsFiles:
     def truncate(self, fd: int, n_bytes: int) -> None:
         """Set a file's length."""
         os.ftruncate(fd, n_bytes)
+
+    def allocate(self, fd: int, n_bytes: int) -> None:
+        """Make a file have this length and blocks for all of it."""
+        if sys.platform == "darwin":
+            self.write(fd, bytes(n_bytes), 0)
+        else:
+            os.posix_fallocate(fd, 0, n_bytes)
 
     def punch(self, fd: int, offset: int, n_bytes: int) -> bool:
         """Give a range's blocks back to the file system, keeping the length. False where that is unsupported."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,14 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import lmdb
 import msgpack
 
-from kvdb.errors import KvdbError, SnapshotGoneError, StalePagesError, WrongModelError
+from kvdb.errors import KvdbError, NoSpaceError, SnapshotGoneError, StalePagesError, WrongModelError
 from kvdb.keyspace import Keyspace
 from kvdb.store.backup import BackupReport
+from kvdb.store.ballast import Ballast
 from kvdb.store.budget import INDEX_MARGIN, Budget
 from kvdb.store.care import Care
-from kvdb.store.committer import Committer
+from kvdb.store.committer import DISK_FULL, Committer
 from kvdb.store.entries import Entry
 from kvdb.store.entry_writes import write_entry
 from kvdb.store.errors import as_kvdb_error
@@ -76,7 +78,10 @@ class Store:
         self._segments = Segments(folder / "segments", files)
         self._holds = Holds()
         self._pool = ThreadPoolExecutor(READER_THREADS, "kvdb-read")
-        self._committer = Committer(loop, index, files, self._segments, self._holds, lambda: self.keyspace.refresh())
+        self._ballast = Ballast(folder / "ballast", files)
+        self._committer = Committer(
+            loop, index, files, self._segments, self._holds, self._ballast, lambda: self.keyspace.refresh()
+        )
         self.keyspace = Keyspace(index, self._committer)
         self._committer.attach(self.keyspace)
         self._uses = Uses()
@@ -131,13 +136,27 @@ class Store:
         self.problems = self._segments.recover(rows, next_id, untidy)
         for problem in self.problems:
             log.error("%s: the keys that need it will answer CORRUPT", problem)
+        if not self._ballast.fill():
+            self._committer.error = NoSpaceError(DISK_FULL)
+            log.error("%s: %s", self.folder, DISK_FULL)
         if untidy:
-            txn = self._index.begin_write()
-            _mark_tidy(txn, untidy)
-            txn.raw.commit()
-            self.keyspace.refresh()
+            self._mark_tidy(untidy)
         if has_pending:
             self._committer.kick()
+
+    def _mark_tidy(self, segments: Iterable[int]) -> None:
+        """Their freed bytes were given back just now. Should this fail, the next start does so again."""
+        txn = self._index.begin_write()
+        try:
+            for segment_id in segments:
+                row = txn.segment(segment_id)
+                if row is not None:
+                    txn.put_segment(segment_id, row._replace(untidy=False))
+            self._files.commit(txn.raw.commit)
+        except (OSError, lmdb.Error) as error:
+            txn.raw.abort()
+            log.warning("segments stay marked as untidy: %s", error)
+        self.keyspace.refresh()
 
     async def close(self) -> None:
         """Make everything durable and give the directory up. Raises what the last flush failed with, after closing."""
@@ -186,6 +205,9 @@ class Store:
     async def register_model(self, model: ModelRecord) -> None:
         """Make a model known; the same fingerprint again only changes its name."""
         Layout.from_bytes(model.layout_bytes)
+        with self._index.read() as txn:
+            if txn.model(model.fingerprint) is not None and model in self.models():
+                return  # nothing to write: a daemon must start on a full disk
         await self._committer.submit(lambda txn, work: _put_model(txn, model))
         with self._index.read() as txn:
             self._models = {row.number: fingerprint for fingerprint, row in txn.models().items()}
@@ -222,6 +244,10 @@ class Store:
 
         n_bytes_hint: about how much it will write; room for it is made under `maxstore`. Raises NoSpaceError.
         """
+        if isinstance(self.write_error, NoSpaceError):
+            await self.keyspace.flush()  # is there space again?
+            if self.write_error is not None:
+                raise self.write_error
         await self.budget.make_room(n_bytes_hint)
         try:
             return await self._loop.run_in_executor(self._pool, self._segments.reserve, writer, n_bytes_hint)
@@ -523,10 +549,3 @@ def _put_model(txn: Txn, model: ModelRecord) -> None:
     elif (row.family, row.layout) != (model.family, model.layout_bytes):
         raise WrongModelError(f"model {model.name} has the fingerprint of {row.name} and another layout or family")
     txn.put(Table.MODELS, model.fingerprint, pack(row._replace(name=model.name)))
-
-
-def _mark_tidy(txn: Txn, segments: dict[int, list[Extent]]) -> None:
-    for segment_id in segments:
-        row = txn.segment(segment_id)
-        if row is not None:
-            txn.put_segment(segment_id, row._replace(untidy=False))

@@ -75,6 +75,10 @@ class FailingFiles(OsFiles):
         self._called("truncate")
         super().truncate(fd, n_bytes)
 
+    def allocate(self, fd: int, n_bytes: int) -> None:
+        self._called("allocate")
+        super().allocate(fd, n_bytes)
+
     def punch(self, fd: int, offset: int, n_bytes: int) -> bool:
         self._called("punch")
         return super().punch(fd, offset, n_bytes)

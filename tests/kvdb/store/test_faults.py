@@ -9,10 +9,20 @@ from pathlib import Path
 import pytest
 
 from kvdb.errors import KvdbError, NoSpaceError
+from kvdb.store.ballast import BALLAST_BYTES
 from kvdb.store.store import Store
 from kvdb.store.verify import verify
 from tests.kvdb.store.faults import FailingFiles
-from tests.kvdb.store.states import MODEL, PAGE, pack_ids, put_snapshot, string, tokens, write_snapshot
+from tests.kvdb.store.states import (
+    MODEL,
+    PAGE,
+    pack_ids,
+    put_snapshot,
+    snapshot_entry,
+    string,
+    tokens,
+    write_snapshot,
+)
 
 
 async def open_store(folder: Path, files: FailingFiles) -> Store:
@@ -123,8 +133,6 @@ async def test_no_ok_after_a_failed_sync(tmp_path: Path) -> None:
     keep = await put_snapshot(store, b"keep", tokens(PAGE))
     new = await write_snapshot(store, tokens(2 * PAGE, seed=1))
     files.fail("datasync", times=1)
-    from tests.kvdb.store.states import snapshot_entry
-
     with pytest.raises(KvdbError, match="sync of a segment"):
         await store.commit_snapshot(new, key=(0, b"new"), entry=snapshot_entry(new.id))
     assert store.keyspace.get(0, b"new") is None
@@ -152,4 +160,46 @@ async def test_a_worker_that_writes_nonsense_is_refused(tmp_path: Path) -> None:
         with pytest.raises(KvdbError):
             await store.commit_snapshot(bad)
     assert (await store.stats()).snapshots == 1
+    await recovered(store, tmp_path, keep.id, [])
+
+
+async def test_the_ballast_lets_deletions_through(tmp_path: Path) -> None:
+    """On a full disk the pending deletions are committed with the ballast's space; new records are refused."""
+    files = FailingFiles()
+    store = await open_store(tmp_path, files)
+    ballast = tmp_path / "ballast"
+    assert ballast.stat().st_blocks * 512 == BALLAST_BYTES
+    keep = await put_snapshot(store, b"keep", tokens(PAGE))
+    gone = await put_snapshot(store, b"gone", tokens(2 * PAGE, seed=1))
+    new = await write_snapshot(store, tokens(3 * PAGE, seed=2))
+    files.fail("commit", times=1, code=errno.ENOSPC)
+    files.fail("allocate", code=errno.ENOSPC)
+    store.keyspace.delete(0, b"gone")
+    with pytest.raises(NoSpaceError):
+        await store.commit_snapshot(new, key=(0, b"new"), entry=snapshot_entry(new.id))
+    assert ballast.stat().st_size == 0
+    assert store.snapshot(gone.id) is None
+    assert store.snapshot(new.id) is None
+    assert isinstance(store.write_error, NoSpaceError)
+    with pytest.raises(NoSpaceError):
+        await store.reserve("worker")
+    files.heal()
+    await recovered(store, tmp_path, keep.id, [])
+    assert ballast.stat().st_size == BALLAST_BYTES
+
+
+async def test_a_store_opens_on_a_full_disk(tmp_path: Path) -> None:
+    files = FailingFiles()
+    store = await open_store(tmp_path, files)
+    keep = await put_snapshot(store, b"keep", tokens(PAGE))
+    await put_snapshot(store, b"gone", tokens(PAGE, seed=1))
+    store.keyspace.delete(0, b"gone")
+    await store.close()
+    (tmp_path / "ballast").unlink()
+    files.fail("create", "write", "allocate", "commit", code=errno.ENOSPC)
+    store = await open_store(tmp_path, files)
+    assert await store.token_ids(keep.id) == pack_ids(tokens(PAGE))
+    with pytest.raises(NoSpaceError):
+        await put_snapshot(store, b"new", tokens(PAGE, seed=3))
+    files.heal()
     await recovered(store, tmp_path, keep.id, [])
