@@ -78,7 +78,7 @@ class Task:
         if self.random.random() < 0.5:
             value = str(self.random.randint(1, 99_999))
         else:
-            value = " ".join(self.random.choice(_WORDS) for _ in range(self.random.randint(1, 4)))
+            value = " ".join(self.random.sample(_WORDS, self.random.randint(1, 4)))
         self.notes[key] = value
         right = _call("note_write", key=key, value=value)
         asked = f"Save {value} under {key}."
