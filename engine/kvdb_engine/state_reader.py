@@ -1,6 +1,6 @@
 """Reads the records of one snapshot, checked, in the order in which an engine wants them.
 
-The tail is read first, into memory of its own. Pages stream through two buffers of a few megabytes, one being filled
+The tail is read first. Pages stream through two buffers of a few megabytes, one being filled
 by a thread while the other is checked: a state of a million tokens takes no more memory than one of a thousand, and
 buffers that are used again cost no page faults.
 
@@ -31,16 +31,34 @@ Place = tuple[str, int, int, bytes]
 RUN_BYTES = 4 << 20
 
 
+class Buffers:
+    """Memory that reading needs, kept from one state to the next: fresh memory costs more than reading into it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, bytearray] = {}
+
+    def take(self, name: str, n_bytes: int) -> memoryview:
+        """The first `n_bytes` of the buffer of this name; what was in it before is gone."""
+        buffer = self._kept.get(name)
+        if buffer is None or len(buffer) < n_bytes:
+            buffer = self._kept[name] = bytearray(n_bytes)
+        return memoryview(buffer)[:n_bytes]
+
+
 class BadRecordError(Exception):
     """A record is damaged, missing or not the one that was asked for; the message names it."""
 
 
 class StateReader:
-    """The records at `places`: pages in order, then the tail. Use as a context manager."""
+    """The records at `places`: pages in order, then the tail. Use as a context manager.
 
-    def __init__(self, layout: Layout, places: Sequence[Place]) -> None:
+    What it gives out lies in `buffers` and is valid until the next state is read with them.
+    """
+
+    def __init__(self, layout: Layout, places: Sequence[Place], buffers: Buffers | None = None) -> None:
         self._layout = layout
         self._places = places
+        self._buffers = buffers or Buffers()
         self._file: FileIO | None = None
         self._path = ""
         self.page_ids = [place[3] for place in places[:-1]]
@@ -55,9 +73,9 @@ class StateReader:
             self._file = None
 
     def tail(self) -> Tail:
-        """The tail; owns its bytes. Raises BadRecordError."""
+        """The tail. Raises BadRecordError."""
         place = self._places[-1]
-        view = memoryview(bytearray(place[2]))
+        view = self._buffers.take("tail", place[2])
         try:
             got = self._read(place[0], place[1], view)
             tail = decode_tail(self._layout, _payload(place, RecordType.TAIL, view[:got]))
@@ -70,7 +88,8 @@ class StateReader:
     def pages(self) -> Iterator[Page]:
         """Each page in order; its views are valid until the next one is asked for. Raises BadRecordError."""
         runs = _runs(self._places[:-1])
-        buffers = [memoryview(bytearray(max((run.n_bytes for run in runs), default=0))) for _ in range(2)]
+        longest = max((run.n_bytes for run in runs), default=0)
+        buffers = [self._buffers.take(name, longest) for name in ("even runs", "odd runs")]
         parent = NO_PAGE
         with ThreadPoolExecutor(1, "kvdb-read") as ahead:
             reading = ahead.submit(self._read_run, runs[0], buffers[0]) if runs else None

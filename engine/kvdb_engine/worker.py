@@ -37,7 +37,7 @@ import numpy as np
 from kvdb_engine.catalog import ModelInfo
 from kvdb_engine.interface import EngineLike, LiveState
 from kvdb_engine.sampling import Sampling, sample
-from kvdb_engine.state_reader import BadRecordError, Place, StateReader
+from kvdb_engine.state_reader import BadRecordError, Buffers, Place, StateReader
 from kvdb_protocol.frames import FrameReader, Message, encode_frame
 from kvdb_protocol.ids import NO_PAGE, Buffer, content_id
 from kvdb_protocol.page import Page, encode_page
@@ -81,6 +81,7 @@ class Worker:
         self.sessions: dict[bytes, Live] = {}
         self.tasks: deque[tuple[int, Task, float]] = deque()
         self.reader = FrameReader()
+        self.buffers = Buffers()
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -188,7 +189,7 @@ class Worker:
     def read_state(self, places: Sequence[Place]) -> tuple[Live, int]:
         """Read and check every record of a snapshot and build its live state."""
         try:
-            with StateReader(self.info.layout, places) as reader:
+            with StateReader(self.info.layout, places, self.buffers) as reader:
                 tail = reader.tail()
                 state = self.engine.load(reader.pages(), tail)
         except BadRecordError as error:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvdb_engine.catalog import open_model
-from kvdb_engine.state_reader import BadRecordError, Place, StateReader
+from kvdb_engine.state_reader import BadRecordError, Buffers, Place, StateReader
 from kvdb_engine.synthetic import SyntheticEngine
 from kvdb_protocol.ids import NO_PAGE, Buffer, content_id
 from kvdb_protocol.page import Page, encode_page
@@ -118,3 +118,21 @@ def test_short_and_missing_files_are_found(places: list[Place]) -> None:
     path.unlink()
     with pytest.raises(BadRecordError, match=r"1\.seg.*No such file"):
         read(places)
+
+
+def test_buffers_are_kept_and_states_read_with_them_are_right(places: list[Place]) -> None:
+    buffers = Buffers()
+    before = buffers.take("tail", 10)
+    assert len(buffers.take("tail", 5)) == 5 and len(before) == 10
+    for _ in range(2):
+        with StateReader(INFO.layout, places, buffers) as reader:
+            tail = reader.tail()
+            state = ENGINE.load(reader.pages(), tail)
+        assert state.n_tokens == N_TOKENS
+    kept = buffers.take("tail", 1).obj
+    assert buffers.take("tail", places[-1][2]).obj is kept
+    # The first state stays what it was when the buffers hold something else.
+    ids = state.ids.copy()
+    buffers.take("tail", 10)[:] = bytes(10)
+    buffers.take("even runs", 10)[:] = bytes(10)
+    assert np.array_equal(state.ids, ids)
