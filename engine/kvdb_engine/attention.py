@@ -1,23 +1,24 @@
 """Attention of one layer: window rows, compressed rows, a learned sink, and a grouped output projection.
 
 One shared row per token is key and value of all heads, so scores are one matrix product of (tokens * heads, head_dim)
-with the rows. Queries are taken in blocks of BLOCK tokens: each block sees only the window rows around it (banded) and
-either all compressed rows or the ones its indexer picked, so the cost of a chunk does not grow with the square of its
-length.
+with the rows. Queries are taken in blocks of ops.attention_block tokens: each block sees only the window rows around it
+(banded) and either all compressed rows or the ones its indexer picked, so the cost of a chunk does not grow with the
+square of its length.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
+
+import numpy as np
 
 from kvdb_engine.compressor import CompressorState, CompressorWeights, Geometry, compress
 from kvdb_engine.config import ModelConfig
 from kvdb_engine.indexer import IndexerWeights, IndexQueries, index_queries, pick_rows
-from kvdb_engine.ops import Array, Ops
+from kvdb_engine.ops import BLOCK as BLOCK
+from kvdb_engine.ops import Array, Ops, linears
 from kvdb_engine.rope import Rope
-
-BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,15 @@ class LayerState:
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Where a chunk stands: its first position, the layer kind's RoPE, and cos and sin of its tokens."""
+    """Where a chunk stands: its first position, the layer kind's RoPE, and cos and sin of its tokens.
+
+    row_tables: the same for compressed rows, by (ratio, first, count), filled as layers ask.
+    """
 
     first: int
     rope: Rope
     table: tuple[Array, Array]
+    row_tables: dict[tuple[int, int, int], tuple[Array, Array]] = field(default_factory=dict)
 
 
 def attend(
@@ -60,19 +65,29 @@ def attend(
 ) -> tuple[Array, LayerState]:
     """One layer's attention over T new tokens. x: (T, hidden), normalised. Returns (T, hidden) and the new state."""
     n_tokens = x.shape[0]
-    latent = ops.norm(ops.linear(weights.q_a, x), weights.q_norm, config.norm_eps)
-    queries = ops.linear(weights.q_b, latent).reshape(n_tokens, config.n_heads, config.head_dim)
-    queries = ops.rotate(ops.norm(queries, None, config.norm_eps), at.table) * config.head_dim**-0.5
-    raw = ops.rotate(ops.norm(ops.linear(weights.kv, x), weights.kv_norm, config.norm_eps), at.table)
-    if config.kv_rounding:
-        raw = ops.round_kv(raw, config.rope_dim)
-    keys = ops.concatenate([state.window, raw], axis=0)
+    eps = config.norm_eps
+    latent, kv = linears(ops, (weights.q_a, weights.kv), x)
+    latent = ops.norm(latent, weights.q_norm, eps)
+    plain = ops.linear(weights.q_b, latent).reshape(n_tokens, config.n_heads, config.head_dim)
+    queries = ops.fused_rows(plain, at.table, norm=True, eps=eps, scale=config.head_dim**-0.5)
+    if queries is None:
+        queries = ops.rotate(ops.norm(plain, None, eps), at.table) * config.head_dim**-0.5
+    keys = ops.fused_rows(
+        kv, at.table, older=state.window, norm=True, weight=weights.kv_norm, eps=eps, kv=config.kv_rounding
+    )
+    if keys is None:
+        raw = ops.rotate(ops.norm(kv, weights.kv_norm, eps), at.table)
+        if config.kv_rounding:
+            raw = ops.round_kv(raw, config.rope_dim)
+        keys = ops.concatenate([state.window, raw], axis=0)
 
     compressed, index, asked, rows, index_rows = state.compressed, state.index, None, None, None
     if ratio:
-        compressed, index = _take_in(ops, config, weights, ratio, state, x, at)
-        rows = ops.view(compressed.rows)
-        if index is not None and rows.shape[0] > config.index_topk:
+        n_rows = (at.first + n_tokens) // ratio
+        asks = index is not None and n_rows > config.index_topk
+        compressed, index, share = _take_in(ops, config, weights, ratio, state, x, at, asks)
+        rows = ops.view(_present(compressed).rows)
+        if asks:
             asked = index_queries(
                 ops,
                 _present(weights.indexer),
@@ -82,16 +97,29 @@ def attend(
                 heads=config.index_heads,
                 dim=config.index_dim,
                 rounded=config.kv_rounding,
+                share=share,
             )
-            index_rows = ops.view(index.rows)
+            index_rows = ops.view(_present(index).rows)
 
-    outputs = []
-    for start in range(0, n_tokens, BLOCK):
-        stop = min(start + BLOCK, n_tokens)
-        block = _Block(at.first, start, stop, keys.shape[0] - n_tokens)
-        outputs.append(_attend_block(ops, config, weights.sinks, ratio, block, queries, keys, rows, asked, index_rows))
-    mixed = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=0)
-    mixed = ops.rotate(mixed, at.table, inverse=True).reshape(n_tokens, config.o_groups, -1)
+    mixed = None
+    if n_tokens == 1 and ops.fuses_attention:
+        picked = None
+        if asked is not None:
+            picked = pick_rows(ops, asked, index_rows, None, config.index_topk)
+        mixed = ops.fused_attend(queries, keys[-config.window :], rows, picked, weights.sinks, at.table)
+    if mixed is None:
+        outputs = []
+        size = ops.attention_block
+        for start in range(0, n_tokens, size):
+            stop = min(start + size, n_tokens)
+            block = _Block(at.first, start, stop, keys.shape[0] - n_tokens)
+            outputs.append(
+                _attend_block(ops, config, weights.sinks, ratio, block, queries, keys, rows, asked, index_rows)
+            )
+        mixed = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=0)
+        turned = ops.fused_rows(mixed, at.table, inverse=True)
+        mixed = ops.rotate(mixed, at.table, inverse=True) if turned is None else turned
+    mixed = mixed.reshape(n_tokens, config.o_groups, -1)
     low = ops.grouped_linear(weights.o_a, mixed).reshape(n_tokens, -1)
     return ops.linear(weights.o_b, low), LayerState(keys[-config.window :], compressed, index)
 
@@ -166,33 +194,77 @@ def _visible(ops: Ops, ratio: int, block: _Block) -> Array:
 
 
 def _take_in(
-    ops: Ops, config: ModelConfig, weights: AttentionWeights, ratio: int, state: LayerState, x: Array, at: Positions
-) -> tuple[CompressorState, CompressorState | None]:
-    """Update the compressors with T tokens before anyone attends: a token sees the row that it finishes."""
-    import numpy as np
+    ops: Ops,
+    config: ModelConfig,
+    weights: AttentionWeights,
+    ratio: int,
+    state: LayerState,
+    x: Array,
+    at: Positions,
+    asks: bool,
+) -> tuple[CompressorState, CompressorState | None, Array | None]:
+    """Update the compressors with T tokens before anyone attends: a token sees the row that it finishes.
 
-    def turn(rows: Array, first: int) -> Array:
-        positions = first + ratio * np.arange(rows.shape[0], dtype=np.int64)
-        cos, sin = at.rope.table(positions)
-        return ops.rotate(rows, (ops.array(cos), ops.array(sin)))
+    asks: whether the indexer will be asked; then its share times x is the third result, if it came along.
+    """
 
     def finish_kv(rows: Array, first: int) -> Array:
-        rows = turn(rows, first)
+        table = _row_table(ops, ratio, first, rows.shape[0], at)
+        done = ops.fused_rows(rows, table, kv=config.kv_rounding)
+        if done is not None:
+            return done
+        rows = ops.rotate(rows, table)
         return ops.round_kv(rows, config.rope_dim) if config.kv_rounding else rows
 
     def finish_index(rows: Array, first: int) -> Array:
-        rows = turn(rows, first)
+        table = _row_table(ops, ratio, first, rows.shape[0], at)
+        done = ops.fused_rows(rows, table, index=config.kv_rounding, half=config.kv_rounding)
+        if done is not None:
+            return done
+        rows = ops.rotate(rows, table)
         return ops.round_f16(ops.round_index(rows)) if config.kv_rounding else rows
 
+    own, indexer, share = _present(weights.compressor), weights.indexer, None
+    projections = [own.kv, own.gate]
+    if indexer is not None:
+        projections += [indexer.compressor.kv, indexer.compressor.gate]
+    projected = ops.fused_linears([*projections, indexer.share] if indexer is not None and asks else projections, x)
+    if projected is not None and len(projected) == 5:
+        share = projected[4]
     geometry = Geometry(ratio, config.head_dim, config.norm_eps)
     compressed = compress(
-        ops, _present(weights.compressor), geometry, _present(state.compressed), x, at.first, finish_kv
+        ops,
+        own,
+        geometry,
+        _present(state.compressed),
+        x,
+        at.first,
+        finish_kv,
+        None if projected is None else (projected[0], projected[1]),
     )
     if state.index is None:
-        return compressed, None
+        return compressed, None, None
     geometry = Geometry(ratio, config.index_dim, config.norm_eps)
-    indexer = _present(weights.indexer)
-    return compressed, compress(ops, indexer.compressor, geometry, state.index, x, at.first, finish_index)
+    index = compress(
+        ops,
+        _present(indexer).compressor,
+        geometry,
+        state.index,
+        x,
+        at.first,
+        finish_index,
+        None if projected is None else (projected[2], projected[3]),
+    )
+    return compressed, index, share
+
+
+def _row_table(ops: Ops, ratio: int, first: int, count: int, at: Positions) -> tuple[Array, Array]:
+    """cos and sin at the first tokens of `count` groups; one table serves all layers of a chunk."""
+    found = at.row_tables.get((ratio, first, count))
+    if found is None:
+        cos, sin = at.rope.table(first + ratio * np.arange(count, dtype=np.int64))
+        found = at.row_tables[ratio, first, count] = (ops.array(cos), ops.array(sin))
+    return found
 
 
 _T = TypeVar("_T")

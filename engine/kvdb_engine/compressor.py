@@ -57,17 +57,22 @@ def compress(
     x: Array,
     position: int,
     finish: Callable[[Array, int], Array],
+    projected: tuple[Array, Array] | None = None,
 ) -> CompressorState:
     """Take in T tokens; append the rows they complete.
 
-    x: (T, hidden). position: of x[0]. finish(rows, first): RoPE and rounding of normalised rows, where row i covers
-    the tokens from first + i * ratio on.
+    x: (T, hidden). projected: weights.kv and weights.gate times x, if known. position: of x[0]. finish(rows,
+    first): RoPE and rounding of normalised rows, where row i covers the tokens from first + i * ratio on.
     """
     ratio, n_tokens = geometry.ratio, x.shape[0]
     slot = position % ratio
-    kv = ops.concatenate([state.open_kv, ops.linear(weights.kv, x)], axis=0)
-    score = ops.linear(weights.gate, x) + _bias(ops, weights.ape, slot, n_tokens)
-    score = ops.concatenate([state.open_score, score], axis=0)
+    new_kv, gate = projected or (ops.linear(weights.kv, x), ops.linear(weights.gate, x))
+    taken = ops.fused_frontier(state.open_kv, state.open_score, new_kv, gate, weights.ape, slot)
+    if taken is None:
+        kv = ops.concatenate([state.open_kv, new_kv], axis=0)
+        score = ops.concatenate([state.open_score, gate + _bias(ops, weights.ape, slot, n_tokens)], axis=0)
+    else:
+        kv, score = taken
     n_new = (slot + n_tokens) // ratio
     if not n_new:
         return CompressorState(state.rows, kv, score, state.previous_kv, state.previous_score)
@@ -75,12 +80,18 @@ def compress(
     group_kv = kv[:closed].reshape(n_new, ratio, geometry.columns)
     group_score = score[:closed].reshape(n_new, ratio, geometry.columns)
     previous_kv = previous_score = None
-    entries_kv, entries_score = group_kv, group_score
     if ratio == 4:
-        entries_kv = _overlap(ops, state.previous_kv, group_kv, geometry.width, 0.0)
-        entries_score = _overlap(ops, state.previous_score, group_score, geometry.width, MASKED)
         previous_kv, previous_score = group_kv[-1], group_score[-1]
-    pooled = (ops.softmax(entries_score, axis=1) * entries_kv).sum(1)
+    pooled = None
+    if n_new == 1:
+        before = None if state.previous_kv is None else (state.previous_kv, state.previous_score)
+        pooled = ops.fused_pool(before, kv[:closed], score[:closed], geometry.width, ratio)
+    if pooled is None:
+        entries_kv, entries_score = group_kv, group_score
+        if ratio == 4:
+            entries_kv = _overlap(ops, state.previous_kv, group_kv, geometry.width, 0.0)
+            entries_score = _overlap(ops, state.previous_score, group_score, geometry.width, MASKED)
+        pooled = (ops.softmax(entries_score, axis=1) * entries_kv).sum(1)
     rows = finish(ops.norm(pooled, weights.norm, geometry.norm_eps), position - slot)
     return CompressorState(ops.append(state.rows, rows), kv[closed:], score[closed:], previous_kv, previous_score)
 

@@ -15,16 +15,13 @@ import numpy as np
 from kvdb_engine import backend, state_records
 from kvdb_engine.catalog import ModelInfo
 from kvdb_engine.errors import ContextFullError, TokenError
-from kvdb_engine.model import Model, empty_layers, load_weights
+from kvdb_engine.model import Model, empty_layers, load_weights, state_arrays
 from kvdb_engine.state import U32, State
 from kvdb_protocol.dsv4 import Dsv4Payload
 from kvdb_protocol.ids import Buffer
 from kvdb_protocol.page import Page
 from kvdb_protocol.sections import PackedSection
 from kvdb_protocol.tail import Tail
-
-# Long enough for matrix products to run at full speed, short enough that a client who cancels waits little.
-PREFILL_CHUNK = 256
 
 
 @dataclass(slots=True)
@@ -47,14 +44,17 @@ class Engine:
         info: ModelInfo,
         *,
         backend_name: str = "auto",
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
-        """Load the weights. progress(layers done, layers). Raises ModelError."""
+        """Load the weights. progress(layers done, layers). Raises ModelError.
+
+        prefill_chunk: tokens per forward pass; None takes what suits the back end.
+        """
         started = time.perf_counter()
         self.info = info
         self.ops = backend.select(backend_name)
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk = prefill_chunk or self.ops.prefill_chunk
         self.model = Model(self.ops, info.config, load_weights(self.ops, info.config, info.open_weights(), progress))
         self._stats = EngineStats(self.ops.name, time.perf_counter() - started)
 
@@ -115,7 +115,8 @@ class Engine:
 
     def _run(self, state: State, ids: U32) -> None:
         layers, logits = self.model.forward(state.layers, ids, state.n_tokens)
-        self.ops.evaluate([logits])
+        # The states too: what no logits need yet (an open group) would otherwise pile up as work to be done.
+        self.ops.evaluate([logits, *state_arrays(layers)])
         state.advance(layers, ids, logits)
 
     def _checked(self, state: State, ids: Sequence[int] | U32) -> U32:

@@ -40,16 +40,22 @@ def index_queries(
     heads: int,
     dim: int,
     rounded: bool,
+    share: Array | None = None,
 ) -> IndexQueries:
     """Queries of T tokens.
 
-    x: (T, hidden); latent: (T, q_rank), the normalised query latent; table: RoPE at each token.
+    share: weights.share times x, if that is known. x: (T, hidden); latent: (T, q_rank), the normalised query
+    latent; table: RoPE at each token.
     """
-    queries = ops.rotate(ops.linear(weights.query, latent).reshape(x.shape[0], heads, dim), table)
-    if rounded:
-        queries = ops.round_index(queries)
-    share = ops.linear(weights.share, x) * (dim * heads) ** -0.5
-    return IndexQueries(queries, share)
+    plain = ops.linear(weights.query, latent).reshape(x.shape[0], heads, dim)
+    queries = ops.fused_rows(plain, table, index=rounded)
+    if queries is None:
+        queries = ops.rotate(plain, table)
+        if rounded:
+            queries = ops.round_index(queries)
+    if share is None:
+        share = ops.linear(weights.share, x)
+    return IndexQueries(queries, share * (dim * heads) ** -0.5)
 
 
 def pick_rows(ops: Ops, asked: IndexQueries, rows: Array, visible: Array | None, count: int) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,13 @@ from kvdb_engine.compressor import CompressorState, CompressorWeights
 from kvdb_engine.config import ModelConfig
 from kvdb_engine.hyper import HyperHeadWeights, HyperWeights, collapse_streams, join_streams, split_streams
 from kvdb_engine.indexer import IndexerWeights
-from kvdb_engine.moe import MoeWeights, feed_forward
+from kvdb_engine.moe import MoeWeights, feed_forward_parts
 from kvdb_engine.ops import Array, Ops
 from kvdb_engine.rope import compressed_rope, window_rope
 from kvdb_engine.weights import TensorSource, need, need_experts, regroup
+
+# A back end that computes on its own begins after so many layers, while the next ones are still being described.
+LAYERS_PER_START = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +168,18 @@ def empty_layers(ops: Ops, config: ModelConfig) -> tuple[LayerState, ...]:
     )
 
 
+def state_arrays(layers: Sequence[LayerState]) -> list[Array]:
+    """Every array of these layers' states but the rows' past, which was computed before."""
+    found = []
+    for layer in layers:
+        found.append(layer.window)
+        for part in (layer.compressed, layer.index):
+            if part is not None:
+                arrays = (part.rows.buffer, part.open_kv, part.open_score, part.previous_kv, part.previous_score)
+                found += [array for array in arrays if array is not None]
+    return found
+
+
 class Model:
     """Weights bound to a back end. Holds no state of any session."""
 
@@ -190,25 +205,38 @@ class Model:
         streams = ops.concatenate([embedded[:, None]] * c.hc_streams, axis=1)
         after = []
         for ratio, weights, state in zip(c.ratios, self.weights.layers, layers, strict=True):
-            x, post, comb = self._split(weights.hc_attn, streams)
-            x = ops.norm(x, weights.attn_norm, c.norm_eps)
+            x, post, comb = self._split(weights.hc_attn, streams, weights.attn_norm)
             x, new = attend(ops, c, weights.attn, ratio, state, x, at_compressed if ratio else at_window)
             after.append(new)
-            streams = join_streams(streams, x, post, comb)
-            x, post, comb = self._split(weights.hc_ffn, streams)
-            x = feed_forward(ops, c, weights.ffn, ops.norm(x, weights.ffn_norm, c.norm_eps), ids)
-            streams = join_streams(streams, x, post, comb)
+            streams = self._join(streams, (x,), post, comb)
+            x, post, comb = self._split(weights.hc_ffn, streams, weights.ffn_norm)
+            streams = self._join(streams, feed_forward_parts(ops, c, weights.ffn, x, ids), post, comb)
+            if len(after) % LAYERS_PER_START == 0:
+                ops.start([streams, *state_arrays(after[-LAYERS_PER_START:])])
         if not want_logits:
             return tuple(after), None
         last = collapse_streams(ops, self.weights.hc_head, streams[-1:], hc_eps=c.hc_eps, norm_eps=c.norm_eps)
         logits = ops.linear(self.weights.head, ops.norm(last, self.weights.norm, c.norm_eps))
         return tuple(after), logits[0]
 
-    def _split(self, weights: HyperWeights, streams: Array) -> tuple[Array, Array, Array]:
-        c = self.config
-        return split_streams(
-            self.ops, weights, streams, iterations=c.hc_iterations, hc_eps=c.hc_eps, norm_eps=c.norm_eps
+    def _split(self, weights: HyperWeights, streams: Array, norm: Array) -> tuple[Array, Array, Array]:
+        """A sub-layer's normalised input, post and comb."""
+        ops, c = self.ops, self.config
+        done = ops.fused_split(weights, streams, norm, c.hc_iterations, c.hc_eps, c.norm_eps)
+        if done is not None:
+            return done
+        x, post, comb = split_streams(
+            ops, weights, streams, iterations=c.hc_iterations, hc_eps=c.hc_eps, norm_eps=c.norm_eps
         )
+        return ops.norm(x, norm, c.norm_eps), post, comb
+
+    def _join(self, streams: Array, outputs: tuple[Array, ...], post: Array, comb: Array) -> Array:
+        """The streams after a sub-layer whose output is the sum of `outputs`."""
+        done = self.ops.fused_join(streams, outputs, post, comb)
+        if done is not None:
+            return done
+        output = outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
+        return join_streams(streams, output, post, comb)
 
     def _table(self, positions: npt.NDArray[np.int64], *, compressed: bool) -> tuple[Array, Array]:
         cos, sin = (self._compressed_rope if compressed else self._window_rope).table(positions)

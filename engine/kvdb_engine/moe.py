@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvdb_engine.config import ModelConfig
-from kvdb_engine.ops import Array, ExpertWeights, Ops
+from kvdb_engine.ops import Array, ExpertWeights, Ops, linears
 
 SHARE_FLOOR = 2.0**-14  # ds4 divides by at least this much
 
@@ -32,14 +32,28 @@ class MoeWeights:
 
 def feed_forward(ops: Ops, config: ModelConfig, weights: MoeWeights, x: Array, ids: npt.NDArray[np.uint32]) -> Array:
     """x: (T, hidden), normalised; ids: the T token ids. Returns (T, hidden)."""
-    scores = ops.router_scores(ops.linear(weights.router, x))
-    if weights.table is not None:
-        chosen = ops.array(weights.table[ids])
+    routed, shared = feed_forward_parts(ops, config, weights, x, ids)
+    return routed + shared
+
+
+def feed_forward_parts(
+    ops: Ops, config: ModelConfig, weights: MoeWeights, x: Array, ids: npt.NDArray[np.uint32]
+) -> tuple[Array, Array]:
+    """What the routed experts give and what the shared one gives; the layer's output is their sum."""
+    logits = ops.linear(weights.router, x)
+    given = None if weights.table is None else ops.array(weights.table[ids])
+    count, scale = config.experts_per_token, config.route_scale
+    routing = ops.fused_route(logits, weights.bias, given, count, SHARE_FLOOR, scale)
+    if routing is None:
+        scores = ops.router_scores(logits)
+        if given is not None:
+            chosen = given
+        else:
+            chosen = ops.top_experts(scores if weights.bias is None else scores + weights.bias, count)
+        share = ops.take_columns(scores, chosen)
+        share = share / ops.maximum(share.sum(-1)[:, None], SHARE_FLOOR) * scale
     else:
-        biased = scores if weights.bias is None else scores + weights.bias
-        chosen = ops.top_experts(biased, config.experts_per_token)
-    share = ops.take_columns(scores, chosen)
-    share = share / ops.maximum(share.sum(-1)[:, None], SHARE_FLOOR) * config.route_scale
+        chosen, share = routing
     routed = ops.experts(weights.experts, x, chosen, share, config.swiglu_limit)
-    middle = ops.swiglu(ops.linear(weights.shared_gate, x), ops.linear(weights.shared_up, x), config.swiglu_limit)
-    return routed + ops.linear(weights.shared_down, middle)
+    gate, up = linears(ops, (weights.shared_gate, weights.shared_up), x)
+    return routed, ops.linear(weights.shared_down, ops.swiglu(gate, up, config.swiglu_limit))

@@ -24,6 +24,9 @@ Array: TypeAlias = Any
 # What a masked score is set to: finite, as in ds4's files, so that no arithmetic on it makes a NaN.
 MASKED = -1.0e30
 
+# Queries that attend at once where nothing else is known to be better: a longer block computes more scores in vain.
+BLOCK = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -45,7 +48,86 @@ class ExpertWeights:
     down: Any
 
 
-class Ops(Protocol):
+class Unfused(Protocol):
+    """Steps that a back end may compute at once (ops_mlx_cuda). None means: not here, compute op by op.
+
+    The caller's own composition says what each step is; whether it is fused may depend on shapes and weights only.
+    """
+
+    attention_block: int = BLOCK
+    prefill_chunk: int = 256  # long enough for full speed, short enough that who cancels waits little
+    fuses_attention: bool = False  # whether fused_attend can be asked at all
+
+    def fused_linears(self, weights: Sequence[Any], x: Array) -> tuple[Array, ...] | None:
+        """`linear` of several weights and one x."""
+        return None
+
+    def fused_split(
+        self, weights: Any, streams: Array, norm: Array, iterations: int, hc_eps: float, norm_eps: float
+    ) -> tuple[Array, Array, Array] | None:
+        """hyper.split_streams, its first result normalised."""
+        return None
+
+    def fused_join(self, streams: Array, outputs: Sequence[Array], post: Array, comb: Array) -> Array | None:
+        """hyper.join_streams of the sum of one or two outputs."""
+        return None
+
+    def fused_rows(
+        self,
+        x: Array,
+        table: tuple[Array, Array],
+        *,
+        older: Array | None = None,
+        norm: bool = False,
+        weight: Array | None = None,
+        eps: float = 0.0,
+        scale: float = 1.0,
+        kv: bool = False,
+        index: bool = False,
+        half: bool = False,
+        inverse: bool = False,
+    ) -> Array | None:
+        """norm (if asked), rotate, times scale, then round_kv (kv), round_index (index), round_f16 (half, with index).
+
+        older: rows that come before the result as they are.
+        """
+        return None
+
+    def fused_frontier(
+        self, open_kv: Array, open_score: Array, kv: Array, gate: Array, ape: Array, slot: int
+    ) -> tuple[Array, Array] | None:
+        """A compressor's open group with one more token: kv, and gate + ape[slot]."""
+        return None
+
+    def fused_pool(
+        self, previous: tuple[Array, Array] | None, kv: Array, score: Array, width: int, ratio: int
+    ) -> Array | None:
+        """One finished group of a compressor, pooled: (1, width)."""
+        return None
+
+    def fused_attend(
+        self,
+        queries: Array,
+        near: Array,
+        far: Array | None,
+        picked: Array | None,
+        sinks: Array,
+        table: tuple[Array, Array],
+    ) -> Array | None:
+        """Attention of one token over window rows, compressed rows (or the picked ones) and the sink, turned back."""
+        return None
+
+    def fused_route(
+        self, logits: Array, bias: Array | None, given: Array | None, count: int, floor: float, scale: float
+    ) -> tuple[Array, Array] | None:
+        """Experts (the best by score + bias, or the given ones) and their shares."""
+        return None
+
+    def start(self, arrays: Sequence[Array]) -> None:
+        """Begin to compute these, if the back end can do so while the caller goes on."""
+
+
+class Ops(Unfused, Protocol):
     """Array operations of one back end. Shapes: T tokens, D values; f32 unless said otherwise."""
 
     name: str
@@ -139,3 +221,9 @@ class Ops(Protocol):
 
     def view(self, rows: Rows) -> Array:
         """(n_rows, width)."""
+
+
+def linears(ops: Ops, weights: Sequence[Any], x: Array) -> tuple[Array, ...]:
+    """x @ weight.T for each weight; at once where the back end can."""
+    done = ops.fused_linears(weights, x)
+    return tuple(ops.linear(weight, x) for weight in weights) if done is None else done

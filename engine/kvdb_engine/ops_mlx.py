@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 # Read by MLX when its CUDA back end starts.
@@ -21,22 +20,34 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 import mlx.core as mx
 import numpy as np
 
-from kvdb_engine.ops import MASKED, Array, ExpertWeights, Rows
+from kvdb_engine.ops import MASKED, Array, ExpertWeights, Rows, Unfused
+from kvdb_engine.ops_mlx_cuda import DeviceTensor, Fused, Kernels, Launcher, Quantised
 from kvdb_engine.packing import F32, FP4_BLOCK, FP8_BLOCK
 from kvdb_engine.rounding import hadamard
 
 _ROW_CAPACITY_MIN = 64
 
 
-class MlxOps:
+class MlxOps(Unfused):
     """See ops.Ops."""
 
-    def __init__(self, *, cpu: bool = False) -> None:
-        """cpu: compute on the processor even where a GPU is present."""
+    def __init__(self, *, cpu: bool = False, launcher: Launcher | None = None) -> None:
+        """cpu: compute on the processor even where a GPU is present.
+
+        launcher: runs the fused kernels; by default there is one on CUDA, and none elsewhere.
+        """
         if cpu:
             mx.set_default_device(mx.cpu)
         self.is_gpu = mx.default_device() != mx.cpu
         self.name = "mlx" if self.is_gpu else "mlx-cpu"
+        # A GPU multiplies with 16-bit scales and activations at twice the speed or more; a processor only without them.
+        self.halves_scales = self.is_gpu or launcher is not None
+        if self.is_gpu:
+            self.prefill_chunk, self.attention_block = 2048, 256
+        if launcher is None and self.is_gpu and mx.cuda.is_available():
+            launcher = Kernels()
+        self.fused = Fused(launcher) if launcher is not None else None
+        self.fuses_attention = self.fused is not None
         self._hadamards: dict[int, mx.array] = {}
 
     def array(self, host: Any) -> Array:
@@ -50,28 +61,36 @@ class MlxOps:
         mx.eval(list(arrays))
 
     def weight(self, tensor: Any) -> Any:
+        if isinstance(tensor, DeviceTensor):
+            return tensor.on_device()
         codes = tensor.affine()
         if codes is None:
             return mx.array(tensor.dense())
-        return Quantised(
-            mx.array(codes.codes), mx.array(codes.scales), mx.array(codes.biases), codes.group_size, codes.bits
-        )
+        scales, biases = mx.array(codes.scales), mx.array(codes.biases)
+        for half in (mx.bfloat16, mx.float16) if self.halves_scales else ():
+            # As the file has them: only if nothing is lost.
+            if all(mx.array_equal(part.astype(half).astype(mx.float32), part) for part in (scales, biases)):
+                scales, biases = scales.astype(half), biases.astype(half)
+                break
+        return Quantised(mx.array(codes.codes), scales, biases, codes.group_size, codes.bits)
 
     def expert_weights(self, gate: Any, up: Any, down: Any) -> ExpertWeights:
         return ExpertWeights(self.weight(gate), self.weight(up), self.weight(down))
 
     def linear(self, weight: Any, x: Array) -> Array:
-        return _product(x, weight)
+        done = self.fused_linears((weight,), x)
+        return _product(x, weight) if done is None else done[0]
 
     def grouped_linear(self, weight: Any, x: Array) -> Array:
-        return _product(x.swapaxes(0, 1), weight).swapaxes(0, 1)
+        done = self.fused.grouped_linear(weight, x) if self.fused else None
+        return _product(x.swapaxes(0, 1), weight).swapaxes(0, 1) if done is None else done
 
     def embed(self, weight: Any, ids: Any) -> Array:
         index = mx.array(ids)
         if isinstance(weight, Quantised):
             parts = (weight.codes[index], weight.scales[index], weight.biases[index])
             return mx.dequantize(*parts, group_size=weight.group_size, bits=weight.bits).astype(mx.float32)
-        return weight[index]
+        return weight[index].astype(mx.float32)
 
     def concatenate(self, parts: Sequence[Array], axis: int) -> Array:
         return mx.concatenate(list(parts), axis=axis)
@@ -149,34 +168,52 @@ class MlxOps:
         return mx.take_along_axis(x, columns, axis=-1)
 
     def top_rows(self, scores: Array, count: int) -> Array:
-        return mx.sort(_top(scores, count), axis=-1)
+        done = self.fused.top_rows(scores, count) if self.fused else None
+        return mx.sort(_top(scores, count), axis=-1) if done is None else done
 
     def gather(self, rows: Array, index: Array) -> Array:
         return rows[index]
 
     def experts(self, weights: ExpertWeights, x: Array, ids: Array, share: Array, limit: float) -> Array:
+        if self.fused:
+            done = self.fused.experts(weights.gate, weights.up, weights.down, x, ids, share, limit)
+            if done is not None:
+                return done
         if x.shape[0] == 1:
             gate, up = _chosen(x, weights.gate, ids[0]), _chosen(x, weights.up, ids[0])
             middle = self.swiglu(gate, up, limit) * share[0][:, None, None]
             return _chosen(middle, weights.down, ids[0]).sum(0)
-        # Every expert gets a block of rows, as long as the fullest one needs: batched products instead of a loop.
+        return self._experts_in_tiles(weights, x, ids, share, limit)
+
+    def _experts_in_tiles(self, weights: ExpertWeights, x: Array, ids: Array, share: Array, limit: float) -> Array:
+        """Many tokens: every expert's rows fill whole tiles, and tiles are multiplied as one batch.
+
+        The number of tiles is the most that any routing can need, so nobody waits for the device to count.
+        """
         n_experts, (n_tokens, count) = _n_experts(weights.gate), ids.shape
+        n_entries = n_tokens * count
+        size = min(64, 1 << (-(-n_entries // n_experts) - 1).bit_length())
+        n_tiles = n_entries // size + min(n_experts, n_entries)
         flat = ids.reshape(-1)
-        mine = flat[None] == mx.arange(n_experts)[:, None]  # (experts, tokens * count)
-        slot = mx.cumsum(mine.astype(mx.int32), axis=1)
-        capacity = int(np.array(slot[:, -1]).max())
-        place = flat * capacity + (mx.take_along_axis(slot, flat[None], axis=0)[0] - 1)
-        source = mx.zeros(n_experts * capacity, mx.int32)
-        source[place] = mx.arange(n_tokens * count, dtype=mx.int32) // count
-        rows = x[source].reshape(n_experts, capacity, -1)
-        middle = self.swiglu(_product(rows, weights.gate), _product(rows, weights.up), limit)
-        shares = mx.zeros(n_experts * capacity)
+        slot = mx.cumsum((flat[None] == mx.arange(n_experts)[:, None]).astype(mx.int32), axis=1)
+        last = mx.cumsum((slot[:, -1] + (size - 1)) // size)  # of each expert's tiles, one past
+        first = mx.concatenate([mx.zeros(1, mx.int32), last[:-1]])
+        place = first[flat] * size + (mx.take_along_axis(slot, flat[None], axis=0)[0] - 1)
+        owner = mx.minimum((last[None] <= mx.arange(n_tiles)[:, None]).sum(1), n_experts - 1)
+        source = mx.zeros(n_tiles * size, mx.int32)
+        source[place] = mx.arange(n_entries, dtype=mx.int32) // count
+        shares = mx.zeros(n_tiles * size)
         shares[place] = share.reshape(-1)
-        middle = middle * shares.reshape(n_experts, capacity, 1)
-        out = _product(middle, weights.down).reshape(n_experts * capacity, -1)
+        rows = x[source].reshape(n_tiles, size, -1)
+        middle = self.swiglu(_chosen(rows, weights.gate, owner), _chosen(rows, weights.up, owner), limit)
+        middle = middle * shares.reshape(n_tiles, size, 1)
+        out = _chosen(middle, weights.down, owner).reshape(n_tiles * size, -1)
         return out[place].reshape(n_tokens, count, -1).sum(1)
 
     def swiglu(self, gate: Array, up: Array, limit: float) -> Array:
+        done = self.fused.swiglu(gate, up, limit) if self.fused else None
+        if done is not None:
+            return done
         gate = mx.minimum(gate, limit)
         return gate * mx.sigmoid(gate) * mx.clip(up, -limit, limit)
 
@@ -196,6 +233,83 @@ class MlxOps:
 
     def view(self, rows: Rows) -> Array:
         return rows.buffer[: rows.n_rows]
+
+    def start(self, arrays: Sequence[Array]) -> None:
+        if self.is_gpu:
+            mx.async_eval(list(arrays))
+
+    def fused_linears(self, weights: Sequence[Any], x: Array) -> tuple[Array, ...] | None:
+        return self.fused.linears(weights, x) if self.fused else None
+
+    def fused_split(
+        self, weights: Any, streams: Array, norm: Array, iterations: int, hc_eps: float, norm_eps: float
+    ) -> tuple[Array, Array, Array] | None:
+        if not self.fused or streams.shape[1] != 4:
+            return None
+        mixes = self.fused.mix(weights.fn, streams, norm_eps)
+        if mixes is None:
+            mixes = self.linear(weights.fn, self.norm(streams.reshape(streams.shape[0], -1), None, norm_eps))
+        return self.fused.split(mixes, streams, weights.scale, weights.base, norm, iterations, hc_eps, norm_eps)
+
+    def fused_join(self, streams: Array, outputs: Sequence[Array], post: Array, comb: Array) -> Array | None:
+        return self.fused.join(streams, outputs, post, comb) if self.fused else None
+
+    def fused_rows(
+        self,
+        x: Array,
+        table: tuple[Array, Array],
+        *,
+        older: Array | None = None,
+        norm: bool = False,
+        weight: Array | None = None,
+        eps: float = 0.0,
+        scale: float = 1.0,
+        kv: bool = False,
+        index: bool = False,
+        half: bool = False,
+        inverse: bool = False,
+    ) -> Array | None:
+        if not self.fused:
+            return None
+        return self.fused.rows(
+            x,
+            table,
+            older,
+            norm=norm,
+            weight=weight,
+            eps=eps,
+            scale=scale,
+            kv=kv,
+            index=index,
+            half=half,
+            inverse=inverse,
+        )
+
+    def fused_frontier(
+        self, open_kv: Array, open_score: Array, kv: Array, gate: Array, ape: Array, slot: int
+    ) -> tuple[Array, Array] | None:
+        return self.fused.frontier(open_kv, open_score, kv, gate, ape, slot) if self.fused else None
+
+    def fused_pool(
+        self, previous: tuple[Array, Array] | None, kv: Array, score: Array, width: int, ratio: int
+    ) -> Array | None:
+        return self.fused.pool(previous, kv, score, width, ratio) if self.fused else None
+
+    def fused_attend(
+        self,
+        queries: Array,
+        near: Array,
+        far: Array | None,
+        picked: Array | None,
+        sinks: Array,
+        table: tuple[Array, Array],
+    ) -> Array | None:
+        return self.fused.attend(queries, near, far, picked, sinks, table) if self.fused else None
+
+    def fused_route(
+        self, logits: Array, bias: Array | None, given: Array | None, count: int, floor: float, scale: float
+    ) -> tuple[Array, Array] | None:
+        return self.fused.route(logits, bias, given, count, floor, scale) if self.fused else None
 
 
 # One thread normalises one matrix. The thread's number is written in each language's way in front of it.
@@ -242,34 +356,36 @@ def _sinkhorn_kernel(matrices: Array, iterations: int, eps: float) -> Array:
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class Quantised:
-    """weights.AffineCodes on the device."""
-
-    codes: mx.array
-    scales: mx.array
-    biases: mx.array
-    group_size: int
-    bits: int
-
-
 def _product(x: Array, weight: Any) -> Array:
-    """x @ weight transposed; both may have leading axes."""
+    """x @ weight transposed; both may have leading axes. float32, whatever it is computed in."""
     if isinstance(weight, Quantised):
         parts = (weight.codes, weight.scales, weight.biases)
-        return mx.quantized_matmul(x, *parts, transpose=True, group_size=weight.group_size, bits=weight.bits)
+        # Of another type than the scales, x would turn all scales into its own type at every call.
+        found = mx.quantized_matmul(
+            x.astype(weight.scales.dtype), *parts, transpose=True, group_size=weight.group_size, bits=weight.bits
+        )
+        return found.astype(mx.float32)
+    if weight.dtype == mx.bfloat16:
+        return (x.astype(mx.bfloat16) @ weight.swapaxes(-1, -2)).astype(mx.float32)
     return x @ weight.swapaxes(-1, -2)
 
 
 def _chosen(x: Array, weight: Any, ids: Array) -> Array:
-    """x with each of the chosen experts: (1, in) or (k, 1, in) -> (k, 1, out)."""
+    """x with each of the chosen experts: (1, in) or (k, rows, in) -> (k, rows, out)."""
     if isinstance(weight, Quantised):
         rows = x if x.ndim == 3 else mx.broadcast_to(x[None], (ids.shape[0], *x.shape))
         parts = (weight.codes, weight.scales, weight.biases)
         left = mx.arange(ids.shape[0], dtype=mx.uint32)
-        return mx.gather_qmm(
-            rows, *parts, left, ids.astype(mx.uint32), transpose=True, group_size=weight.group_size, bits=weight.bits
+        found = mx.gather_qmm(
+            rows.astype(weight.scales.dtype),
+            *parts,
+            left,
+            ids.astype(mx.uint32),
+            transpose=True,
+            group_size=weight.group_size,
+            bits=weight.bits,
         )
+        return found.astype(mx.float32)
     return x @ weight[ids].swapaxes(1, 2)
 
 

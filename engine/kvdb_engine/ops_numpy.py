@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from kvdb_engine.ops import MASKED, Array, ExpertWeights, Rows
+from kvdb_engine.ops import MASKED, Array, ExpertWeights, Rows, Unfused
 from kvdb_engine.packing import F32
 from kvdb_engine.rounding import hadamard, round_f16, round_fp4, round_kv
 
@@ -32,7 +32,7 @@ class _Growing:
         self.used = used
 
 
-class NumpyOps:
+class NumpyOps(Unfused):
     """See ops.Ops."""
 
     name = "numpy"

@@ -1,0 +1,202 @@
+"""DeepSeek V4 Flash at full size with random weights, through the engine: speed, memory, snapshot and restore.
+
+    python tests/gpu/full_geometry.py [--layers N] [--context 25000] [--parts] [--decode-only]
+
+Needs a GPU of 100 GiB or more and MLX for it. The logits mean nothing; times, sizes and equality do. Prints a table and
+exits 1 if a restored state does not continue bit by bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from kvdb_engine import attention, model, moe
+from kvdb_engine.engine import Engine
+from kvdb_engine.selfcheck import everything
+from kvdb_engine.state import State, state_bytes
+from kvdb_engine.synthetic_model import FLASH
+from kvdb_engine.weights_random import random_model
+from tests.engine.conftest import records, restore
+
+GiB = 1 << 30
+IDS = np.random.default_rng(11).integers(0, FLASH.vocab, 1 << 18).astype(np.uint32)
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+def decode_ms(engine: Engine, state: State, count: int, warm: int = 8) -> tuple[float, float]:
+    """Median and fastest milliseconds of a step, the sampled id's way to the host included."""
+    times = []
+    for token in IDS[: warm + count]:
+        started = time.perf_counter()
+        engine.step(state, int(token))
+        _ = int(mx.argmax(state._logits).item())
+        times.append(1e3 * (time.perf_counter() - started))
+    return float(np.median(times[warm:])), min(times[warm:])
+
+
+def show_decode(engine: Engine, state: State, what: str, count: int = 64) -> None:
+    median, fastest = decode_ms(engine, state, count)
+    say(f"decode at {what}: {median:.2f} ms/token median, {fastest:.2f} fastest: {1e3 / median:.1f} tok/s")
+
+
+def prefill(engine: Engine, state: State, upto: int) -> None:
+    """In the engine's chunks; each one's time."""
+    before, started = state.n_tokens, time.perf_counter()
+    for _ in engine.prefill(state, IDS[state.n_tokens : upto]):
+        mx.synchronize()
+        now = time.perf_counter()
+        n = state.n_tokens - before
+        say(f"  prefill {before:6} .. {state.n_tokens:6}: {n / (now - started):7.0f} tok/s ({now - started:.3f} s)")
+        before, started = state.n_tokens, time.perf_counter()
+
+
+def parts(engine: Engine, base: State, n_tokens: int, count: int) -> None:
+    """What a step or chunk takes without one of its parts: the difference is that part's share."""
+    plain_attend, plain_experts = attention.attend, engine.ops.experts
+    plain_forward, plain_ffn = engine.model.forward, moe.feed_forward_parts
+
+    def timed(what: str) -> float:
+        times = []
+        for _ in range(count):
+            state = base.clone()
+            started = time.perf_counter()
+            engine._run(state, IDS[:n_tokens])
+            mx.synchronize()
+            times.append(time.perf_counter() - started)
+        best = float(np.median(times[1:]))
+        say(f"  {n_tokens} tokens at {base.n_tokens}, {what}: {1e3 * best:.2f} ms")
+        return best
+
+    def without(what: str, change: Callable[[], None], back: Callable[[], None]) -> None:
+        change()
+        try:
+            timed(what)
+        finally:
+            back()
+
+    def no_attention() -> None:
+        model.attend = lambda ops, c, w, ratio, state, x, at: (x, state)  # type: ignore[assignment,misc]
+
+    def with_attention() -> None:
+        model.attend = plain_attend  # type: ignore[misc]
+
+    def no_experts() -> None:
+        engine.ops.experts = lambda w, x, ids, share, limit: x * share.sum(-1, keepdims=True)  # type: ignore
+
+    def with_experts() -> None:
+        engine.ops.experts = plain_experts  # type: ignore[method-assign]
+
+    def no_ffn() -> None:
+        model.feed_forward_parts = lambda ops, c, w, x, ids: (x,)  # type: ignore
+
+    def with_ffn() -> None:
+        model.feed_forward_parts = plain_ffn
+
+    timed("all")
+    without("without attention", no_attention, with_attention)
+    without("without routed experts", no_experts, with_experts)
+    without("without MoE", no_ffn, with_ffn)
+    no_attention()
+    without("mHC and head alone", no_ffn, with_ffn)
+    with_attention()
+    # The graph alone, nothing evaluated: what Python and MLX's front end cost.
+    start = engine.ops.start
+    engine.ops.start = lambda arrays: None  # type: ignore[method-assign]
+    began = time.perf_counter()
+    kept = [plain_forward(base.layers, IDS[:n_tokens], base.n_tokens) for _ in range(2)]
+    say(f"  describing the graph: {1e3 * (time.perf_counter() - began) / 2:.2f} ms")
+    began = time.perf_counter()
+    mx.async_eval(kept[0][1])
+    say(f"  handing it over: {1e3 * (time.perf_counter() - began):.2f} ms")
+    mx.synchronize()
+    engine.ops.start = start  # type: ignore[method-assign]
+
+
+def snapshot(engine: Engine, live: State) -> bool:
+    """Write, restore, continue; whether everything is equal."""
+    started = time.perf_counter()
+    pages, tail = records(engine, live)
+    written = time.perf_counter()
+    size = sum(map(len, pages)) + len(tail)
+    restored = restore(engine, pages, tail)
+    mx.eval(model.state_arrays(restored.layers))
+    done = time.perf_counter()
+    say(
+        f"snapshot of {live.n_tokens} tokens: {len(pages)} pages and a tail of {len(tail) / 2**20:.1f} MiB, "
+        f"{size / 2**20:.1f} MiB in all ({size / live.n_tokens:.0f} bytes/token; live "
+        f"{state_bytes(live.layout, live.n_tokens) / 2**20:.0f} MiB as f32); "
+        f"to records {written - started:.2f} s, restored {done - written:.2f} s"
+    )
+    equal = everything(engine, restored) == everything(engine, live)
+    say(f"  restored state {'is bit-equal' if equal else 'DIFFERS'}")
+    for token in IDS[:20]:
+        engine.step(live, int(token))
+        engine.step(restored, int(token))
+        equal &= live.logits.tobytes() == restored.logits.tobytes()
+    say(f"  20 tokens decoded on both: {'bit-equal logits' if equal else 'DIFFERENT'}")
+    for _ in zip(engine.prefill(live, IDS[:3000]), engine.prefill(restored, IDS[:3000]), strict=True):
+        equal &= live.logits.tobytes() == restored.logits.tobytes()
+    say(f"  3,000 tokens prefilled on both: {'bit-equal logits' if equal else 'DIFFERENT'}")
+    finite = bool(np.isfinite(live.logits).all())
+    say(f"  logits: {'finite' if finite else 'NOT FINITE'}, rms {np.sqrt(np.mean(live.logits**2)):.2f}")
+    return equal and finite
+
+
+def attempt(what: str, work: Callable[[], Any]) -> Any:
+    """Later sections are still worth their time when one fails."""
+    try:
+        return work()
+    except Exception:
+        say(f"{what} FAILED")
+        traceback.print_exc()
+        return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=FLASH.n_layers)
+    parser.add_argument("--context", type=int, default=25_000)
+    parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--decode-only", action="store_true")
+    options = parser.parse_args()
+    config = replace(FLASH, n_layers=options.layers, ratios=FLASH.ratios[: options.layers])
+    started = time.perf_counter()
+    engine = Engine(random_model(config), backend_name="mlx")
+    say(
+        f"{config.n_layers} layers on {engine.ops.name} ({mx.device_info().get('device_name')}): built in "
+        f"{time.perf_counter() - started:.1f} s, {mx.get_active_memory() / GiB:.1f} GiB of weights"
+    )
+    mx.reset_peak_memory()
+    state = engine.new_state()
+    attempt("decode", lambda: show_decode(engine, state, "0"))
+    if options.parts:
+        attempt("parts of a step", lambda: parts(engine, state, 1, 12))
+    if options.decode_only:
+        return 0
+    long = engine.new_state()
+    attempt("prefill", lambda: prefill(engine, long, options.context // 2048 * 2048))
+    attempt("rest", lambda: prefill(engine, long, options.context))
+    attempt("long decode", lambda: show_decode(engine, long.clone(), str(long.n_tokens)))
+    say(f"memory: {mx.get_active_memory() / GiB:.1f} GiB now, {mx.get_peak_memory() / GiB:.1f} GiB at most")
+    if options.parts:
+        attempt("parts of a long step", lambda: parts(engine, long, 1, 8))
+        attempt("parts of a chunk", lambda: parts(engine, long, 2048, 3))
+    equal = attempt("snapshot", lambda: snapshot(engine, long))
+    say(f"memory: {mx.get_active_memory() / GiB:.1f} GiB now, {mx.get_peak_memory() / GiB:.1f} GiB at most")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
