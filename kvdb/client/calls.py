@@ -30,6 +30,7 @@ from kvdb.client.replies import (
     SnapInfo,
     Snapped,
     plain,
+    plain_map,
     read,
 )
 
@@ -330,22 +331,22 @@ def engine_cancel(session: Name) -> Call[int]:
 
 def store_stats() -> Call[dict[str, Any]]:
     """Bytes, pages, segments, and what is shared."""
-    return Call(("STORE", "STATS"), plain)
+    return Call(("STORE", "STATS"), plain_map)
 
 
 def store_verify(*, deep: bool = False) -> Call[dict[str, Any]]:
     """Check every record's checksum; deep: every identity too."""
-    return Call(("STORE", "VERIFY", "DEEP") if deep else ("STORE", "VERIFY"), plain)
+    return Call(("STORE", "VERIFY", "DEEP") if deep else ("STORE", "VERIFY"), plain_map)
 
 
 def store_gc() -> Call[dict[str, Any]]:
     """Free the bytes that nothing reaches."""
-    return Call(("STORE", "GC"), plain)
+    return Call(("STORE", "GC"), plain_map)
 
 
 def store_compact() -> Call[dict[str, Any]]:
     """Move live records out of sparse segments."""
-    return Call(("STORE", "COMPACT"), plain)
+    return Call(("STORE", "COMPACT"), plain_map)
 
 
 def store_backup(name: Name) -> Call[Any]:

@@ -166,7 +166,6 @@ class SnapDiff:
     common_tokens: int
     a_tokens: int
     b_tokens: int
-    same_model: bool
     identical: bool
     bytes_shared: int
     bytes_a: int
@@ -227,6 +226,11 @@ def as_map(reply: Any) -> dict[str, Any]:
     if isinstance(reply, dict):
         return {text(name): value for name, value in reply.items()}
     return {text(name): value for name, value in zip(reply[::2], reply[1::2], strict=True)}
+
+
+def plain_map(reply: Any) -> dict[str, Any]:
+    """A map reply with its byte strings as text; maps inside it stay flat in RESP2."""
+    return {name: plain(value) for name, value in as_map(reply).items()}
 
 
 def plain(reply: Any) -> Any:

@@ -29,8 +29,8 @@ TRIES = (1, 2, 3, 10)
 COST_TOKENS = 8192
 _STOP = f"</{DSML}tool_calls>"
 _TEMPERATURE = 1.0
-# The model's own distribution. A min_p of 0.05, the default, drops unlikely tokens; where the right one is among them no
-# number of tries helps.
+# The model's own distribution. A min_p of 0.05, the default, drops unlikely tokens; where the right one is among them
+# no number of tries helps.
 _MIN_P = 0.0
 _SEED = 20_260
 
