@@ -131,7 +131,8 @@ PARAMETERS: dict[str, Parameter] = {
         _p("tls-auth-clients", "choice", "yes", "ask for client certificates", live=False,
            choices=("yes", "no", "optional")),
         # durability and space
-        _p("appendfsync", "choice", "everysec", "when writes become durable", choices=("always", "everysec", "no")),
+        _p("appendfsync", "choice", "everysec", "when writes become durable (no: every 5 s)",
+           choices=("always", "everysec", "no")),
         _p("save", "text", "", "accepted for clients that ask; writes are always on disk within appendfsync"),
         _p("appendonly", "bool", True, "accepted for clients that ask; always on", live=False),
         _p("maxstore", "bytes", 0, "bytes the store may take on disk, 0 for no limit"),

@@ -18,6 +18,8 @@ from kvdb.net.service import Server
 if TYPE_CHECKING:
     from kvdb.http.gateway import Gateway
 
+log = logging.getLogger("kvdb")
+
 USAGE = """Usage: kvdb-server [FILE.conf] [--name value ...]
 
 A database for the live states of language models. Speaks RESP2 and RESP3: any Redis client works.
@@ -65,7 +67,7 @@ def main() -> None:
     try:
         code = uvloop.run(serve(settings))
     except (KvdbError, OSError) as error:
-        logging.getLogger("kvdb").error("cannot start: %s", error)
+        log.error("cannot start: %s", error)
         raise SystemExit(1) from None
     raise SystemExit(code)
 
@@ -103,6 +105,7 @@ async def serve(settings: config.Config) -> int:
         loop.add_signal_handler(number, server.request_shutdown)
     await server.start()
     gateway = None
+    code = 0
     try:
         if settings.number("http-port"):
             gateway = await start_gateway(server)
@@ -110,8 +113,12 @@ async def serve(settings: config.Config) -> int:
     finally:
         if gateway is not None:
             await gateway.stop()
-        await server.stop()
-    return 0
+        try:
+            await server.stop()
+        except KvdbError as error:
+            log.error("the last writes could not be made durable: %s", error.wire)
+            code = 1
+    return code
 
 
 async def start_gateway(server: Server) -> Gateway:

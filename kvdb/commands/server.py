@@ -61,13 +61,19 @@ def lastsave(client: Client, args: list[bytes]) -> Reply:
 
 @handler("SHUTDOWN")
 async def shutdown(client: Client, args: list[bytes]) -> Reply:
-    """End in an orderly way. There is no reply: the connection closes. NOSAVE is accepted; nothing is thrown away."""
+    """End in an orderly way. There is no reply: the connection closes. With NOSAVE and FORCE also if that fails."""
     words = {word.upper() for word in args}
     if words - {b"SAVE", b"NOSAVE", b"NOW", b"FORCE", b"ABORT"} or {b"SAVE", b"NOSAVE"} <= words:
         raise KvdbError(SYNTAX)
     if b"ABORT" in words:
         raise KvdbError("No shutdown in progress.")
-    await client.server.keyspace.flush()
+    if not {b"NOSAVE", b"FORCE"} & words:
+        try:
+            await client.server.keyspace.flush()
+        except KvdbError as error:
+            raise KvdbError(
+                f"Errors trying to SHUTDOWN: {error}; SHUTDOWN NOSAVE ends the server all the same"
+            ) from None
     client.server.request_shutdown()
     await asyncio.Event().wait()  # until the connection is closed
     return Encoded(b"")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import time
 from collections.abc import Awaitable, Coroutine
 from functools import partial
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from kvdb.commands.registry import Bound
     from kvdb.commands.transactions import Transaction
     from kvdb.net.service import Server
+
+log = logging.getLogger("kvdb")
 
 _WRITE_BUFFER_BYTES = 256 * 1024  # the transport asks us to stop above this
 _BATCH_BYTES = 128 * 1024  # replies of one batch that are joined before they go to the transport
@@ -132,6 +135,10 @@ class Client(asyncio.Protocol):
         self.input_bytes += len(data)
         self.last_used = self.server.now
         requests = self.parser.feed(data)
+        if not requests and self.parser.buffered_bytes > self.server.max_query_bytes:
+            log.warning("client %d (%s) closed: its unfinished request is over the limit", self.id, self.peer)
+            self.abort()
+            return
         if self._waiting:
             self._waiting += requests
         else:

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvdb")
 
+_EXPIRE_BATCH = 1000
+_EXPIRE_SECONDS = 0.01  # of a round of 0.1 s
+_LAZY_FLUSH_SECONDS = 5  # `appendfsync no`: memory is given back by committing
 _STOP_SECONDS = 5.0  # how long clients may take to read their last replies at shutdown
 
 
@@ -95,6 +98,7 @@ class Server:
     def _apply(self, config: Config, names: frozenset[str]) -> None:
         """Copy what is needed often out of the configuration; called again after CONFIG SET."""
         self.durable_writes = config.text("appendfsync") == "always"
+        self.max_query_bytes = config.number("client-query-buffer-limit")
         slower_us = config.number("slowlog-log-slower-than")
         self.slow_log_seconds = slower_us / 1e6 if slower_us >= 0 else float("inf")
         threshold_ms = config.number("latency-monitor-threshold")
@@ -162,13 +166,12 @@ class Server:
             await asyncio.sleep(1 / hz)
             before, self.now = self.now, time.time()
             try:
-                for db, key in self.keyspace.expire_cycle(int(self.now * 1000)):
-                    self.statistics.expired_keys += 1
-                    self.changed(db, key, "expired", "x")
+                self._expire()
                 self.statistics.sample(self)
                 self._check_space()
                 if int(self.now) != int(before):
-                    if self.config.text("appendfsync") != "no":
+                    every = _LAZY_FLUSH_SECONDS if self.config.text("appendfsync") == "no" else 1
+                    if int(self.now) % every == 0:
                         self.keyspace.flush_soon()
                     self._close_idle()
             except KvdbError as error:
@@ -176,10 +179,21 @@ class Server:
             except Exception:
                 log.exception("background round failed")
 
+    def _expire(self) -> None:
+        """Delete keys whose time has come, for some milliseconds at most: the rest waits for the next round."""
+        until = time.perf_counter() + _EXPIRE_SECONDS
+        while True:
+            expired = self.keyspace.expire_cycle(int(self.now * 1000), _EXPIRE_BATCH)
+            for db, key in expired:
+                self.changed(db, key, "expired", "x")
+            self.statistics.expired_keys += len(expired)
+            if len(expired) < _EXPIRE_BATCH or time.perf_counter() > until:
+                return
+
     def _check_space(self) -> None:
         """Refuse commands that add data while commits fail or the store is over `maxstore`; reads and DEL go on.
 
-        What was refused nowhere: a write between two rounds, so the limit may be passed by a tenth of a second of them.
+        Looked at in every round: the limit may be passed by what is written in between.
         """
         before, self.refusal = self.refusal, self.store.write_error
         if self.refusal is None:
@@ -248,7 +262,7 @@ class Server:
     def check_output(self, client: Client) -> None:
         """Close a client whose waiting output is over the limit of its class."""
         limits = self.config.words("client-output-buffer-limit")
-        name = "pubsub" if client.is_subscriber else "normal"
+        name = "replica" if client.is_monitor else "pubsub" if client.is_subscriber else "normal"
         at = limits.index(name)
         hard, soft, seconds = (int(word) for word in limits[at + 1 : at + 4])
         waiting = client.output_buffer_bytes

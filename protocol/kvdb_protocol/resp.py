@@ -88,7 +88,7 @@ class RequestParser:
     @property
     def buffered_bytes(self) -> int:
         """Bytes held for a request that is not complete (`qbuf` of CLIENT LIST)."""
-        return len(self._lines) + self._bulk_at
+        return len(self._lines) + self._bulk_at + sum(map(len, self._request or ()))
 
     def feed(self, data: bytes) -> list[Request]:
         """Add received bytes and return the requests that are now complete; empty requests are left out."""

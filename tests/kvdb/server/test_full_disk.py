@@ -43,14 +43,20 @@ def test_maxstore(start: StartDaemon) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MB."""
+    """A file system of 48 MB."""
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         pytest.skip("mounting needs root on Linux")
-    ran = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(tmp_path)], check=False)
+    ran = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(tmp_path)], check=False)
     if ran.returncode:
         pytest.skip("mounting is not possible here")
     yield tmp_path
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def fill(folder: Path, *, but: int) -> None:
+    """Leave `but` bytes free."""
+    free = os.statvfs(folder)
+    (folder / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - but))
 
 
 @pytest.mark.parametrize("mode", ["always", "everysec"])
@@ -59,7 +65,7 @@ def test_full_disk(start: StartDaemon, small_disk: Path, mode: str) -> None:
     wire = daemon.wire()
     wire("SET", "kept", "v")
     wire("SAVE")
-    (small_disk / "ballast").write_bytes(bytes(14 << 20))
+    fill(small_disk, but=3 << 20)
     for n in range(40):
         if wire("SET", f"k{n}", os.urandom(500_000))[0] == "-":
             break
@@ -67,9 +73,22 @@ def test_full_disk(start: StartDaemon, small_disk: Path, mode: str) -> None:
     assert line.startswith((b"NOSPACE", b"MISCONF writes cannot be made durable"))  # type: ignore[attr-defined]
     assert wire("GET", "kept") == ("$", b"v") and wire("PING") == ("+", b"PONG")
     assert wire("DBSIZE")[0] == ":" and wire("CONFIG", "GET", "hz")[0] == "*"
-    (small_disk / "ballast").unlink()
+    (small_disk / "filler").unlink()
     wait_for(wire, "SET", "more", "x", accepted=True)
     assert wire("SAVE") == OK
     assert daemon.stop() == 0
     wire = start(daemon.folder, dir=small_disk / "data").wire()
     assert wire("GET", "kept") == ("$", b"v") and wire("GET", "more") == ("$", b"x")
+
+
+def test_shutdown_with_a_full_disk(start: StartDaemon, small_disk: Path) -> None:
+    daemon = start(dir=small_disk / "data")
+    wire = daemon.wire()
+    fill(small_disk, but=1 << 20)
+    wire("SET", "k", os.urandom(12 << 20))  # more than the store's own reserve gives back
+    wait_for(wire, "SET", "more", "x", accepted=False)
+    assert wire("SHUTDOWN")[1].startswith(b"ERR Errors trying to SHUTDOWN")  # type: ignore[attr-defined]
+    assert wire("PING") == ("+", b"PONG")
+    wire.send("SHUTDOWN", "NOSAVE")
+    assert daemon.process.wait(20) == 1, "the exit status says that something was lost"
+    assert "could not be made durable" in daemon.log()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import time
 
 import pytest
 
@@ -150,3 +151,33 @@ def test_commands_of_a_gone_client_are_dropped(daemon: Daemon, wire: Wire) -> No
     gone.raw(request("SET", "k", "1"))
     gone.close()
     assert wire("PING") == ("+", b"PONG")
+
+
+def test_an_endless_request_is_closed(start: StartDaemon) -> None:
+    daemon = start(client_query_buffer_limit="1mb")
+    wire = daemon.wire()
+    wire.raw(b"*100\r\n")
+    with pytest.raises(OSError):
+        for _ in range(100):
+            wire.raw(b"$100000\r\n" + bytes(100_000) + b"\r\n")
+        wire.reply()
+    assert daemon.wire()("PING") == ("+", b"PONG")
+
+
+def test_a_monitor_that_does_not_read_is_closed(start: StartDaemon) -> None:
+    daemon = start(client_output_buffer_limit="replica 1mb 0 0")
+    monitor, wire = daemon.wire(), daemon.wire()
+    assert monitor("MONITOR") == ("+", b"OK")
+    for _ in range(60):
+        wire("SET", "k", bytes(50_000))
+    assert b"flags=O" not in wire("CLIENT", "LIST")[1]  # type: ignore[operator]
+
+
+def test_many_keys_expire_together(start: StartDaemon) -> None:
+    wire = start().wire()
+    wire.raw(b"".join(request("SET", n, "x", "PX", "300") for n in range(20_000)))
+    for _ in range(20_000):
+        wire.reply()
+    until = time.monotonic() + 20
+    while wire("DBSIZE") != (":", b"0"):
+        assert time.monotonic() < until
