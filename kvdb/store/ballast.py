@@ -1,7 +1,7 @@
 """Ballast: a few allocated megabytes that are given up when the disk is full.
 
 Deleting needs space too: the index is copy-on-write. On a full disk nothing could be deleted any more. So a file of
-BALLAST_BYTES is kept; when a commit meets a full disk it is emptied, and the commit of what is pending, deletions above
+up to BALLAST_BYTES is kept; when a commit meets a full disk it is emptied, and the commit of what is pending, deletions above
 all, is tried once more. New writes stay refused until the ballast could be allocated again.
 """
 
@@ -15,6 +15,7 @@ from kvdb.store.files import Files
 log = logging.getLogger("kvdb.store")
 
 BALLAST_BYTES = 8 << 20
+FS_SHARE = 64  # and at most this part of a small file system
 
 
 class Ballast:
@@ -33,7 +34,9 @@ class Ballast:
             exists = self._path.exists()
             fd = self._files.open(self._path, write=True) if exists else self._files.create(self._path)
             try:
-                self._files.allocate(fd, BALLAST_BYTES)
+                n_bytes = min(BALLAST_BYTES, self._files.fs_bytes(fd) // FS_SHARE)
+                self._files.truncate(fd, n_bytes)
+                self._files.allocate(fd, n_bytes)
             finally:
                 self._files.close(fd)
         except OSError:

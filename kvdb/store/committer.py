@@ -33,6 +33,8 @@ from kvdb.store.work import Extent, Work, settle
 
 DISK_FULL = "the disk is full: free space or delete keys, then retry"
 
+RETRY_S = 1.0
+
 T = TypeVar("T")
 ItemFunction = Callable[[Txn, Work], T]
 
@@ -155,6 +157,9 @@ class Committer:
             this.error = as_kvdb_error(bug, "commit")
         self.rounds += 1
         self.error = this.error or this.full
+        if self.error is not None:
+            # Refused writes start no round: without this the store would not notice that there is space again.
+            self._loop.call_later(RETRY_S, self.kick)
         self.live_bytes += sum(this.work.live_delta.values())
         self._refresh()
         self._holds.end_round()

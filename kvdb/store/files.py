@@ -64,6 +64,9 @@ class Files(Protocol):
     def truncate(self, fd: int, n_bytes: int) -> None:
         """Set a file's length."""
 
+    def fs_bytes(self, fd: int) -> int:
+        """Size of the file system that a file lies on."""
+
     def allocate(self, fd: int, n_bytes: int) -> None:
         """Make a file have this length and blocks for all of it."""
 
@@ -147,6 +150,11 @@ class OsFiles:
     def truncate(self, fd: int, n_bytes: int) -> None:
         """Set a file's length."""
         os.ftruncate(fd, n_bytes)
+
+    def fs_bytes(self, fd: int) -> int:
+        """Size of the file system that a file lies on."""
+        stat = os.fstatvfs(fd)
+        return stat.f_blocks * stat.f_frsize
 
     def allocate(self, fd: int, n_bytes: int) -> None:
         """Make a file have this length and blocks for all of it."""
