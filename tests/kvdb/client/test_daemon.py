@@ -18,7 +18,7 @@ MODEL = "dsv4-nano"
 
 def text() -> str:
     """A text that no other test has: states of deleted keys may be found until the next commit."""
-    return f"{secrets.token_hex(8)}: " + "The ship left the harbour at dawn. " * 40
+    return f"{secrets.token_hex(8)}: " + "The ship left the harbour at dawn. " * 40 + "Then"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_life(client: kvdb.Client) -> None:
     with pytest.raises(BusyKeyError):
         client.restore("b", "s")
     assert client.fork("a", "x", "y") == 2
-    found = client.prefix(told + "and more")
+    found = client.prefix(told + " the wind rose.")
     assert isinstance(found, PrefixMatch)
     assert (found.key, found.same_quant) == ("a", True)
     assert client.prefix(secrets.token_hex(8)) is None
