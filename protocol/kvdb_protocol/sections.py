@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from kvdb_protocol.errors import FormatError
 from kvdb_protocol.ids import Buffer
 from kvdb_protocol.layout import Codec, Layout, Section
+
+# Codec, begin and end of a section in its run.
+_Span = tuple[Codec, int, int]
 
 
 class PackedSection(NamedTuple):
@@ -33,9 +36,34 @@ def encode_sections(sections: Sequence[PackedSection]) -> list[Buffer]:
     return [codecs + pad4(len(codecs)), *(section.data for section in sections)]
 
 
+class PackedRun(Sequence[PackedSection]):
+    """The sections of a decoded run, cut out of it when they are asked for: not every reader wants the rows."""
+
+    __slots__ = ("_data", "_spans")
+
+    def __init__(self, spans: list[_Span], data: memoryview) -> None:
+        self._spans = spans
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    @overload
+    def __getitem__(self, index: int) -> PackedSection: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[PackedSection]: ...
+
+    def __getitem__(self, index: int | slice) -> PackedSection | list[PackedSection]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        codec, begin, end = self._spans[index]
+        return PackedSection(codec, self._data[begin:end])
+
+
 def decode_sections(
     layout: Layout, wanted: Sequence[Section], n_rows: Sequence[int], data: memoryview, what: str
-) -> list[PackedSection]:
+) -> PackedRun:
     """Split a run into its sections without copying; the run must end where `data` ends.
 
     n_rows: rows of each wanted section. what: name used in errors.
@@ -43,12 +71,9 @@ def decode_sections(
     return _cut(lambda codecs: _spans(layout, wanted, n_rows, codecs), bytes(data[: len(wanted)]), data, what)
 
 
-def decode_page_sections(layout: Layout, data: memoryview, what: str) -> list[PackedSection]:
+def decode_page_sections(layout: Layout, data: memoryview, what: str) -> PackedRun:
     """Split a page's run. A restore decodes thousands of pages whose sections lie alike: their places are kept."""
     return _cut(lambda codecs: _page_spans(layout, codecs), bytes(data[: len(layout.streams)]), data, what)
-
-
-_Span = tuple[Codec, int, int]
 
 
 @lru_cache(maxsize=32)
@@ -71,7 +96,7 @@ def _spans(layout: Layout, wanted: Sequence[Section], n_rows: Sequence[int], cod
     return spans
 
 
-def _cut(find: Callable[[bytes], list[_Span]], codecs: bytes, data: memoryview, what: str) -> list[PackedSection]:
+def _cut(find: Callable[[bytes], list[_Span]], codecs: bytes, data: memoryview, what: str) -> PackedRun:
     try:
         spans = find(codecs)
     except FormatError as error:
@@ -79,4 +104,4 @@ def _cut(find: Callable[[bytes], list[_Span]], codecs: bytes, data: memoryview, 
     needed = spans[-1][2] if spans else 0
     if needed != len(data):
         raise FormatError(f"{what}: sections need {needed} bytes, the payload has {len(data)}")
-    return [PackedSection(codec, data[begin:end]) for codec, begin, end in spans]
+    return PackedRun(spans, data)
