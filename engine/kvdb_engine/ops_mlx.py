@@ -20,6 +20,8 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 import mlx.core as mx
 import numpy as np
 
+from kvdb_engine import gguf_blocks
+from kvdb_engine.gguf_blocks import Blocks, packed_blocks
 from kvdb_engine.ops import MASKED, Array, ExpertWeights, Rows, Unfused
 from kvdb_engine.ops_mlx_cuda import DeviceTensor, Fused, Kernels, Launcher, Quantised
 from kvdb_engine.packing import F32, FP4_BLOCK, FP8_BLOCK
@@ -65,7 +67,7 @@ class MlxOps(Unfused):
             return tensor.on_device()
         codes = tensor.affine()
         if codes is None:
-            return mx.array(tensor.dense())
+            return packed_blocks(tensor) or mx.array(tensor.dense())
         scales, biases = mx.array(codes.scales), mx.array(codes.biases)
         for half in (mx.bfloat16, mx.float16) if self.halves_scales else ():
             # As the file has them: only if nothing is lost.
@@ -175,6 +177,8 @@ class MlxOps(Unfused):
         return rows[index]
 
     def experts(self, weights: ExpertWeights, x: Array, ids: Array, share: Array, limit: float) -> Array:
+        if isinstance(weights.gate, Blocks):
+            return gguf_blocks.experts(weights, x, ids, share, lambda gate, up: self.swiglu(gate, up, limit))
         if self.fused:
             done = self.fused.experts(weights.gate, weights.up, weights.down, x, ids, share, limit)
             if done is not None:
