@@ -4,23 +4,27 @@ Knows the kernels' parameters and limits (ops_mlx_kernels.cu draws them); which 
 caller's business. Every method that finds a shape or a weight outside its kernel's limits returns None, and the caller
 computes op by op.
 
-The source needs no headers and compiles in about two seconds. MLX keeps a loaded kernel under its name, so the binary
-is handed over at the first launch alone: later calls would only copy it.
+The source needs no headers. Each kernel is compiled alone, all of them at once in threads: MLX copies and hashes the
+binary it is given at every launch, so it had better be small.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
+import numpy as np
 
 from kvdb_engine.errors import ModelError
 
+_KERNEL = re.compile(r"^KERNEL (kvdb_\w+)\(.*?^}\n", re.M | re.S)
 SOURCE = Path(__file__).with_name("ops_mlx_kernels.cu")
 TILE = 64  # rows per tile of the expert kernels, as in the source
 _ROWS_NORM, _ROWS_WEIGHT, _ROWS_KV, _ROWS_INDEX, _ROWS_HALF, _ROWS_INVERSE = 1, 2, 4, 8, 16, 32
@@ -87,8 +91,11 @@ class Kernels:
     """The kernels on the default CUDA device. Raises ModelError when they cannot be compiled."""
 
     def __init__(self) -> None:
-        self._binary = compile_source(SOURCE.read_bytes(), str(mx.device_info()["architecture"]))
-        self._known: set[str] = set()
+        architecture = str(mx.device_info()["architecture"])
+        sources = kernel_sources(SOURCE.read_text(encoding="utf-8"))
+        with ThreadPoolExecutor() as pool:
+            binaries = pool.map(lambda source: compile_source(source.encode(), architecture), sources.values())
+            self._binaries = dict(zip(sources, binaries, strict=True))
 
     def launch(
         self,
@@ -101,24 +108,26 @@ class Kernels:
         shared_bytes: int = 0,
     ) -> list[Array]:
         """See Launcher."""
-        first = name not in self._known
-        found = mx.fast.precompiled_cuda_kernel(
+        return mx.fast.precompiled_cuda_kernel(
             name=name,
-            compiled_source=self._binary if first else b"",
+            compiled_source=self._binaries[name],
             inputs=inputs,
             output_shapes=[shape for shape, _ in outputs],
             output_dtypes=[dtype for _, dtype in outputs],
-            scalars=scalars,
+            # The binding takes a float only if float32 holds it exactly.
+            scalars=[float(np.float32(n)) if isinstance(n, float) else n for n in scalars],
             grid=(grid[0] * threads, grid[1], 1),
             threadgroup=(threads, 1, 1),
             shared_memory=shared_bytes,
             ensure_row_contiguous=True,
         )
-        if first:
-            # The kernel is loaded when it first runs; a later call may be evaluated before this one.
-            mx.eval(found)
-            self._known.add(name)
-        return list(found)
+
+
+def kernel_sources(text: str) -> dict[str, str]:
+    """The source of each kernel, with all that is not a kernel."""
+    kernels = {found.group(1): found.group(0) for found in _KERNEL.finditer(text)}
+    common = _KERNEL.split(text)[::2]
+    return {name: "".join(common) + kernel for name, kernel in kernels.items()}
 
 
 def compile_source(source: bytes, architecture: str) -> bytes:

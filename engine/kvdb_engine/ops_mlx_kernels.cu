@@ -576,7 +576,7 @@ KERNEL kvdb_experts_up(const float* x, const int* ids, const float* share, const
     int row = blockIdx.x * 16 + (threadIdx.x >> 5) * GEMV_ROWS;
     u64 base = (u64)ids[j] * width + row;
     float gates[GEMV_ROWS] = {0.0f, 0.0f}, ups[GEMV_ROWS] = {0.0f, 0.0f};
-#pragma unroll 4
+#pragma unroll 2
     for (int run = 0; run < inner / 512; run++) {
         float v[16];
         take_x(placed, run, lane, v);
