@@ -117,6 +117,7 @@ class RequestParser:
         lines = self._lines
         lines += data
         at = 0
+        tried_batch = False
         try:
             while at < len(lines):
                 if self._request is None:
@@ -133,6 +134,12 @@ class RequestParser:
                 if self._bulk is not None:  # the rest of `lines` was moved into the large value
                     return
                 self._finish_request(requests)
+                if not tried_batch and self._request is None and self.authenticated and len(lines) > at:
+                    # What follows a request that came in pieces is mostly well-formed again. Once: trying costs a copy.
+                    tried_batch = True
+                    batch, rest = _parse_batch(bytes(memoryview(lines)[at:]))
+                    requests += batch
+                    at = len(lines) - len(rest)
         finally:
             del lines[:at]
 
@@ -245,8 +252,10 @@ def _parse_batch(data: bytes) -> tuple[list[Request], bytes]:
     try:
         while (request := gets()) is not _INCOMPLETE:
             requests.append(request)
-        if len(requests) > 1 and _is_exactly(requests, data):
-            return requests, b""
+        if len(requests) > 1 and (rest := _rest_behind(requests, data)) is not None:
+            if rest:
+                shared.reset()
+            return requests, rest
         packed = b"".join([_pack(tuple(request)) for request in requests])
     except (TypeError, hiredis.HiredisError, MemoryError):
         shared.reset()
@@ -259,22 +268,26 @@ def _parse_batch(data: bytes) -> tuple[list[Request], bytes]:
     return [], data
 
 
-def _is_exactly(requests: list[Request], data: bytes) -> bool:
-    """Whether `data` is the encoding of these requests. False may also mean: not of one arity, or a value holds CRLF.
+def _rest_behind(requests: list[Request], data: bytes) -> bytes | None:
+    """What follows in `data` if it begins with the encoding of these requests; None if that is not sure.
 
-    Cheaper than encoding again. Cut at every CRLF, well-formed requests of k arguments give 2k + 1 pieces each, every
-    second one an argument. If all arguments are found there, none holds a CRLF; then that many pieces can only come
-    from one CRLF behind each header and each bulk string.
+    It is not sure if the requests have different arities or a value holds a CRLF. Cheaper than encoding again: cut at
+    every CRLF, well-formed requests of k arguments give 2k + 1 pieces each, every second one an argument. If all
+    arguments are found there, none holds a CRLF; then that many pieces can only come from one CRLF behind each header
+    and each bulk string.
     """
-    pieces = data.split(b"\r\n")
     step = 2 * len(requests[0]) + 1
-    if not requests[0] or len(pieces) != len(requests) * step + 1 or pieces[-1]:
-        return False
+    end = len(requests) * step
+    pieces = data.split(b"\r\n")
+    if not requests[0] or len(pieces) <= end:
+        return None
     try:
         columns = list(zip(*requests, strict=True))
     except ValueError:
-        return False
-    return all(tuple(pieces[2 + 2 * at :: step]) == column for at, column in enumerate(columns))
+        return None
+    if all(tuple(pieces[2 + 2 * at : end : step]) == column for at, column in enumerate(columns)):
+        return b"\r\n".join(pieces[end:])
+    return None
 
 
 def _strict_int(digits: bytearray) -> int | None:
