@@ -1,7 +1,7 @@
 """GGUF blocks that are no affine codes: kept as they are in memory, expanded in MLX when they are needed.
 
-IQ2_XXS, 66 bytes for 256 values: f16 d, then 8 groups of 32 values: four bytes that each name 8 values of a code book of
-256 entries, and a u32 with four 7-bit sign patterns and a 4-bit scale s. value = d (0.5 + s) / 4 x entry x sign.
+IQ2_XXS, 66 bytes for 256 values: f16 d, then 8 groups of 32 values: four bytes that each name 8 values of a code book
+of 256 entries, and a u32 with four 7-bit sign patterns and a 4-bit scale s. value = d (0.5 + s) / 4 x entry x sign.
 
 Q2_K, 84 bytes for 256 values: 16 bytes with a 4-bit scale s and a 4-bit minimum m for each 16 values, 64 bytes of 2-bit
 codes q, f16 d and dmin. value = d s q - dmin m.

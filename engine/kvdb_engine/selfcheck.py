@@ -25,6 +25,7 @@ LENGTHS = (1, 2, 3, 4, 5, 63, 65, 127, 128, 129, 255, 256, 257, 511, 513, 1024, 
 SPEED_LENGTHS = (128, 2048, 16384)
 N_STEPS = 6
 N_EXTEND = 150
+N_NOISE = 300
 
 
 def through_records(engine: Engine, state: State) -> State:
@@ -141,8 +142,8 @@ def main(arguments: Sequence[str]) -> int:
         found = check_length(engine, ids, n_tokens)
         bad += len(found)
         print(f"{n_tokens:6} tokens: {'; '.join(found) or 'live, restored, forked and repeated runs are equal'}")
-    median, largest = noise(engine, ids[: min(300, context)])
-    print(f"prefill against decode, 300 tokens: median {median:.1e}, largest {largest:.1e} of the logits' rms")
+    median, largest = noise(engine, ids[: min(N_NOISE, context)])
+    print(f"prefill against decode, {N_NOISE} tokens: median {median:.1e}, largest {largest:.1e} of the logits' rms")
     state = engine.new_state()
     for n_tokens in SPEED_LENGTHS:
         if n_tokens + 50 > context:

@@ -14,7 +14,7 @@ from kvdb_protocol.tail import Tail
 
 
 def test_passes(nano: Engine, stream: np.ndarray) -> None:
-    assert check_length(nano, stream, 129) == []
+    assert check_length(nano, stream, 65) == []
     median, largest = noise(nano, stream[:60])
     assert 0 < median < largest < 0.5
 
@@ -37,6 +37,7 @@ def test_command(
 ) -> None:
     monkeypatch.setattr(selfcheck, "LENGTHS", (3,))
     monkeypatch.setattr(selfcheck, "SPEED_LENGTHS", (16,))
+    monkeypatch.setattr(selfcheck, "N_NOISE", 20)
     assert main(["dsv4-nano", "numpy"]) == 0
     assert "all equal" in capsys.readouterr().out
     monkeypatch.setattr(selfcheck, "check_length", lambda *_: ["restored state differs"])
