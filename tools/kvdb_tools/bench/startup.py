@@ -15,18 +15,21 @@ from kvdb_tools.daemon import Caller, Daemon, as_int, disk_bytes, rss_bytes
 
 MiB = 1 << 20
 STATE_TOKENS = 100_000
+QUICK_BYTES = 5 * 10**8
 REDIS_BYTES = 2 * 10**9  # redis-server keeps everything in memory
 
 
 def run(settings: Settings) -> Result:
     """Fill a directory with states, restart, and do the same with redis-server's append-only file."""
-    wanted = 5 * 10**8 if settings.quick else 10**10 if settings.full else 2 * 10**9
+    wanted = QUICK_BYTES if settings.quick else 10**10 if settings.full else 2 * 10**9
     result = Result(
         "start-up", ("server", "GB stored", "fill s", "to PONG s", "after SIGKILL s", "RSS MB", "first RESTORE ms")
     )
     directory = settings.scratch / "kvdb"
     daemon = Daemon(directory, {"model": flash.model_of(settings)})
     with daemon:
+        empty_s = daemon.restart()
+        empty_rss = daemon.rss_bytes()
         began = time.perf_counter()
         n_states = 0
         with Connection(daemon.target) as connection:
@@ -49,6 +52,7 @@ def run(settings: Settings) -> Result:
             call("RESTORE", "state:0", "again")
             restore_ms = (time.perf_counter() - began) * 1e3
         on_disk = disk_bytes(directory)
+        result.rows.append(["kvdb, empty", 0, None, empty_s, None, empty_rss / 1e6, None])
         result.rows.append(["kvdb", on_disk / 1e9, fill_s, ready_s, after_kill_s, rss / 1e6, restore_ms])
     result.rows.append(_redis(settings.scratch / "redis", min(wanted, REDIS_BYTES)))
     result.notes.append(f"kvdb: states of {STATE_TOKENS:,} tokens; first RESTORE starts the engine worker too")
