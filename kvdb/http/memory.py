@@ -7,9 +7,10 @@
     http:response:ID    string    a response of /v1/responses, for previous_response_id
     http:session:NAME   session   where an answer is being made, or was and may go on
 
-Everything expires after `KEEP_MS` unless it is used again, so it is what volatile-* policies may evict. The hash of a
-turn covers what decides the prompt, in canonical form: user, model, tools, system text and the messages without
-reasoning; JSON with sorted keys. So a client that drops the reasoning or writes JSON keys in another order, which it
+Everything expires after `KEEP_MS` unless it is used again, so it is what volatile-* policies may evict. What only a
+retry can use, a turn that another turn followed and the end of an answered prompt, expires after `RETRY_KEEP_MS`.
+The hash of a turn covers what decides the prompt, in canonical form: user, model, tools, system text and the messages
+without reasoning; JSON with sorted keys. So a client that drops the reasoning or writes JSON keys in another order, which it
 never saw as text, still means the same turn, and gets the very timeline that was sampled.
 """
 
@@ -42,6 +43,7 @@ log = logging.getLogger("kvdb.http")
 
 DB = 0
 KEEP_MS = 7 * 24 * 3600 * 1000
+RETRY_KEEP_MS = 3600 * 1000
 SESSION_KEEP_MS = 3600 * 1000
 IDLE_SESSIONS = 32
 _SYSTEM = ("system", "developer")
@@ -189,9 +191,17 @@ class Memory:
         """Anchor the end of a turn; durable when this returns. False when it could not be stored, which is no error."""
         return await self.anchor(b"http:turn:" + turn.hex().encode(), name, Reason.CONTINUED)
 
-    async def keep_prompt(self, ids: array[int], name: bytes, reason: Reason) -> bool:
-        """Anchor a state on the way through a prompt."""
-        return await self.anchor(b"http:prompt:" + blake3(ids.tobytes()).hexdigest(16).encode(), name, reason)
+    def supersede(self, turn: bytes) -> None:
+        """Another turn has followed this one: from now on only a retry can use its anchor."""
+        key = b"http:turn:" + turn.hex().encode()
+        entry = self.keyspace.get(DB, key)
+        if entry is not None:
+            self.keyspace.put(DB, key, entry._replace(expire_ms=now_ms() + RETRY_KEEP_MS))
+
+    async def keep_prompt(self, ids: array[int], name: bytes, reason: Reason, keep_ms: int) -> bool:
+        """Anchor a state within a prompt."""
+        key = b"http:prompt:" + blake3(ids.tobytes()).hexdigest(16).encode()
+        return await self.anchor(key, name, reason, keep_ms)
 
     async def anchor(self, key: bytes, name: bytes, reason: Reason, keep_ms: int = KEEP_MS) -> bool:
         """Snapshot a session under a key. A full disk costs the anchor, never the answer."""

@@ -17,7 +17,7 @@ import numpy as np
 from kvdb import branches, timelines
 from kvdb.errors import KvdbError, TooLongError
 from kvdb.http.ask import Ask, Begin, Done, End, Event, Message, TokenLogprob
-from kvdb.http.memory import DB, Memory, turn_hashes
+from kvdb.http.memory import DB, KEEP_MS, RETRY_KEEP_MS, Memory, turn_hashes
 from kvdb.http.prompt import Prompt, make_prompt
 from kvdb.http.reader import ChoiceReader
 from kvdb.store.rows import Reason
@@ -112,7 +112,9 @@ async def _fill(memory: Memory, ask: Ask, prompt: Prompt, name: bytes) -> int:
     for cut in sorted(cut for cut in cuts if reused < cut <= len(ids)):
         part = ids[:cut]
         computed += (await timelines.prefill(sessions, DB, name, model, part, "YES"))["computed"]
-        if cut - stored >= ANCHOR_TOKENS and await memory.keep_prompt(part, name, cuts[cut]):
+        is_answered = cut == len(ids) and ask.messages is not None  # the end of the turn will be what goes on
+        keep_ms = RETRY_KEEP_MS if is_answered else KEEP_MS
+        if cut - stored >= ANCHOR_TOKENS and await memory.keep_prompt(part, name, cuts[cut], keep_ms):
             stored = cut
     return max(0, len(ids) - computed)
 
@@ -201,4 +203,8 @@ async def _keep(memory: Memory, ask: Ask, prompt: Prompt, name: bytes, reader: C
             {"id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in reader.calls
         ]
     turn = turn_hashes(ask, [*ask.messages, said])[-1]
-    return turn if await memory.keep_turn(turn, name) else None
+    if not await memory.keep_turn(turn, name):
+        return None
+    if prompt.turn is not None:
+        memory.supersede(prompt.turn)
+    return turn

@@ -160,6 +160,21 @@ def test_conversations_share_their_system_part(served: Served) -> None:
     assert {"cold", "continued"} <= reasons
 
 
+def test_what_only_a_retry_can_use_is_kept_for_an_hour(own: Served) -> None:
+    talk = Conversation(own)
+    talk.exchange(SUMS[0])
+
+    def hours(pattern: str) -> list[int]:
+        return sorted(round(own.redis.ttl(key) / 3600) for key in own.redis.scan_iter(match=pattern))
+
+    assert hours("http:turn:*") == [1, 7 * 24]
+    assert hours("http:prompt:*") == [7 * 24]  # the system part
+    ask(own, [{"role": "user", "content": "One long question. " * 60}], max_tokens=1)
+    assert hours("http:prompt:*") == [1, 7 * 24, 7 * 24]  # the question, and the tools without the system text
+    ask(own, talk.messages[:3])  # a retry of the first turn's answer: it may go on from there again
+    assert hours("http:turn:*").count(7 * 24) == 2
+
+
 def test_a_named_session_and_a_snapshot(served: Served) -> None:
     headers = {"X-KVDB-Session": "my-agent", "X-KVDB-Snapshot": "my-agent:1"}
     asked = {"model": MODEL, "messages": [SYSTEM, {"role": "user", "content": "Hello!"}], "max_tokens": 20}
