@@ -10,8 +10,8 @@
 Everything expires after `KEEP_MS` unless it is used again, so it is what volatile-* policies may evict. What only a
 retry can use, a turn that another turn followed and the end of an answered prompt, expires after `RETRY_KEEP_MS`.
 The hash of a turn covers what decides the prompt, in canonical form: user, model, tools, system text and the messages
-without reasoning; JSON with sorted keys. So a client that drops the reasoning or writes JSON keys in another order, which it
-never saw as text, still means the same turn, and gets the very timeline that was sampled.
+without reasoning; JSON with sorted keys. So a client that drops the reasoning or writes JSON keys in another order,
+which it never saw as text, still means the same turn, and gets the very timeline that was sampled.
 """
 
 from __future__ import annotations
