@@ -68,19 +68,23 @@ class Backend:
         self.store.budget.configure(config.number("maxstore"), config.text("maxstore-policy"))
 
     async def _rounds(self, config: Config) -> None:
-        """End engines that hang, put idle ones to rest, forget sessions that are gone."""
+        """End engines that hang; put idle ones to rest and forget sessions that are gone, which may wait for one."""
+        care: asyncio.Task[None] | None = None
         while True:
             await asyncio.sleep(_ROUND_S)
-            try:
-                self._end_hanging(config.number("engine-hang-timeout"))
-                await self.sessions.sweep()
-                timeout_s = config.number("engine-idle-timeout")
-                if timeout_s:
-                    await self.sessions.reap_idle(timeout_s)
-            except KvdbError as error:
-                log.warning("engine round: %s", error.wire)
-            except Exception:
-                log.exception("engine round failed")
+            self._end_hanging(config.number("engine-hang-timeout"))
+            if care is None or care.done():
+                care = asyncio.create_task(self._care(config.number("engine-idle-timeout")))
+
+    async def _care(self, idle_timeout_s: int) -> None:
+        try:
+            await self.sessions.sweep()
+            if idle_timeout_s:
+                await self.sessions.reap_idle(idle_timeout_s)
+        except KvdbError as error:
+            log.warning("engine round: %s", error.wire)
+        except Exception:
+            log.exception("engine round failed")
 
     def _end_hanging(self, timeout_s: int) -> None:
         for model in self.models.values():
@@ -93,6 +97,7 @@ class Backend:
         if self._rounds_task is not None:
             self._rounds_task.cancel()
         try:
+            await self.background.idle()
             await self.sessions.close()
         finally:
             await self.store.close()

@@ -13,7 +13,7 @@ from kvdb.errors import BusyKeyError, KvdbError, NoEngineError, WrongModelError
 from kvdb.session import Session, ids_array
 from kvdb.sessions import Sessions
 from kvdb.store.entries import Entry, EntryType, SessionValue, SnapshotValue
-from kvdb.timelines import clone, feed
+from kvdb.timelines import share_state, stand_beside
 from kvdb_engine.catalog import ModelInfo
 
 Reply = dict[str, Any]
@@ -28,7 +28,8 @@ async def restore(sessions: Sessions, db: int, key: bytes, name: bytes, *, repla
     with store.hold(snapshot_id) as record:
         model = sessions.model_of(record.fingerprint)
         uid = secrets.token_bytes(16)
-        session = Session(uid, model, snapshot_id, record.n_tokens, array("I"), (db, name), used=time.monotonic())
+        session = Session(uid, model, snapshot_id, record.n_tokens, array("I"), used=time.monotonic())
+        sessions.open[uid] = session  # so that a state which is loaded in vain is dropped by the next sweep
 
         async def load() -> None:
             try:
@@ -36,11 +37,16 @@ async def restore(sessions: Sessions, db: int, key: bytes, name: bytes, *, repla
             except NoEngineError:
                 await store.check(store.plan(snapshot_id))
 
-        # The daemon reads the token ids while the worker reads the rows.
-        data, _ = await asyncio.gather(store.token_ids(snapshot_id), load())
-        session.ids = ids_array(data)
-        _check_target(sessions, db, name, replace)
-        sessions.adopt(session)
+        async with session.lock:
+            # The daemon reads the token ids while the worker reads the rows. Both end before anything is decided.
+            data, done = await asyncio.gather(store.token_ids(snapshot_id), load(), return_exceptions=True)
+            for error in (data, done):
+                if isinstance(error, BaseException):
+                    raise error
+            assert isinstance(data, bytes)
+            session.ids = ids_array(data)
+            _check_target(sessions, db, name, replace)
+            sessions.adopt(db, name, session)
     await sessions.sweep()
     return {
         "tokens": session.n_tokens,
@@ -64,21 +70,32 @@ async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes
     if len(set(dests)) < len(dests):
         raise KvdbError("the same destination is named twice")
     _check_free(sessions, db, dests)
+    made: list[bytes] = []
     if isinstance(found.value, SnapshotValue):
         with sessions.store.hold(found.value.id) as record:
             sessions.model_of(record.fingerprint)  # a branch that no model can continue is refused here
             # One small record a branch: token ids are read when a branch is first used, not here.
             for dest in dests:
-                uid = secrets.token_bytes(16)
-                value = SessionValue(uid, record.fingerprint, record.id, record.n_tokens, lineage=record.id)
+                made.append(secrets.token_bytes(16))
+                value = SessionValue(made[-1], record.fingerprint, record.id, record.n_tokens, lineage=record.id)
                 sessions.keyspace.put(db, dest, Entry(EntryType.SESSION, 0, value))
     else:
-        origin = await sessions.get(db, source)
-        async with origin.lock:
+        async with sessions.use(db, source) as origin:
             _check_free(sessions, db, dests)
-            for dest in dests:
-                await clone(sessions, origin, sessions.create(db, dest, origin.model, None, array("I")))
-    await sessions.keyspace.flush()
+            # All names first: nobody can take one while the states are copied.
+            new = [sessions.create(db, dest, origin.model) for dest in dests]
+            for session in new:
+                stand_beside(sessions, origin, session)
+            made += [session.uid for session in new]
+            for session in new:
+                await share_state(origin, session)
+    try:
+        await sessions.keyspace.flush()
+    except KvdbError:
+        for uid in made:
+            if (place := sessions.keyspace.session_place(uid)) is not None:
+                sessions.keyspace.delete(*place[:2])
+        raise
     return len(dests)
 
 
@@ -91,23 +108,26 @@ def _check_free(sessions: Sessions, db: int, dests: Sequence[bytes]) -> None:
 async def rewind_to(sessions: Sessions, db: int, name: bytes, key: bytes) -> Reply:
     """Back to a snapshot whose tokens the session's timeline begins with."""
     began = time.perf_counter()
-    session = await sessions.get(db, name)
-    snapshot_id = sessions.snapshot_value(db, key).id
-    async with session.lock:
+    async with sessions.use(db, name) as session:
+        snapshot_id = sessions.snapshot_value(db, key).id
         with sessions.store.hold(snapshot_id) as record:
+            _check_model(sessions, session, record.fingerprint)
             ids = ids_array(await sessions.store.token_ids(snapshot_id))
-            same_model = sessions.model_of(record.fingerprint) is session.model
-            if not same_model or session.ids[: len(ids)] != ids:
+            if session.ids[: len(ids)] != ids:
                 raise KvdbError(f"snapshot '{_show(key)}' is not an ancestor of the session; RESTORE takes any")
             sessions.stand_on(session, snapshot_id, len(ids), ids)
     return {"tokens": len(ids), "recomputed": 0, "ms": _ms(began)}
 
 
+def _check_model(sessions: Sessions, session: Session, fingerprint: bytes) -> None:
+    if not sessions.may_use(session.model, fingerprint):
+        raise WrongModelError(f"the snapshot belongs to another model than {session.model.info.name}")
+
+
 async def rewind_tokens(sessions: Sessions, db: int, name: bytes, n_tokens: int) -> Reply:
     """Back to the first `n_tokens` tokens: the nearest stored prefix, and the rest computed again."""
     began = time.perf_counter()
-    session = await sessions.get(db, name)
-    async with session.lock:
+    async with sessions.use(db, name) as session:
         if not 0 < n_tokens <= session.n_tokens:
             raise KvdbError(f"cannot rewind to {n_tokens} tokens: the session has {session.n_tokens}")
         recomputed = 0
@@ -115,30 +135,28 @@ async def rewind_tokens(sessions: Sessions, db: int, name: bytes, n_tokens: int)
             ids = session.ids[:n_tokens]
             info, store = session.model.info, sessions.store
             match = store.longest_prefix(info.family, info.fingerprint, ids.tobytes(), cross_quant=sessions.cross_quant)
-            n = match.n_tokens if match is not None else 0
+            # The whole timeline at once: should the engine fail now, it is computed on its next use.
             if match is not None:
                 with store.hold(match.snapshot_id):
-                    sessions.stand_on(session, match.snapshot_id, n, ids[:n])
+                    sessions.stand_on(session, match.snapshot_id, match.n_tokens, ids)
             else:
-                sessions.stand_on(session, None, 0, array("I"))
-            recomputed = n_tokens - n
-            if recomputed:
-                await sessions.make_resident(session)
-                await feed(sessions, session, ids[n:])
+                sessions.stand_on(session, None, 0, ids)
+            if not session.is_clean:
+                recomputed = await sessions.make_resident(session)
     return {"tokens": n_tokens, "recomputed": recomputed, "ms": _ms(began)}
 
 
 async def rewind_steps(sessions: Sessions, db: int, name: bytes, steps: int) -> Reply:
     """Back `steps` snapshots: with tokens after the base the first step leads to the base, without to its parent."""
     began = time.perf_counter()
-    session = await sessions.get(db, name)
-    async with session.lock:
+    async with sessions.use(db, name) as session:
         lineage = sessions.store.lineage(session.base) if session.base is not None else []
         number = steps if session.is_clean else steps - 1
         if number >= len(lineage):
             raise KvdbError(f"the session has fewer than {steps} stored snapshots behind it")
         target = lineage[number].id
-        with sessions.store.hold(target):
+        with sessions.store.hold(target) as record:
+            _check_model(sessions, session, record.fingerprint)
             ids = ids_array(await sessions.store.token_ids(target))
             sessions.stand_on(session, target, len(ids), ids)
     return {"tokens": len(ids), "recomputed": 0, "ms": _ms(began)}
@@ -152,8 +170,7 @@ async def logits(sessions: Sessions, db: int, key: bytes) -> tuple[ModelInfo | N
     found = sessions.keyspace.get(db, key)
     if found is not None and isinstance(found.value, SnapshotValue):
         return await _stored_logits(sessions, found.value.id)
-    session = await sessions.get(db, key)
-    async with session.lock:
+    async with sessions.use(db, key) as session:
         if session.is_clean:
             assert session.base is not None
             return await _stored_logits(sessions, session.base)

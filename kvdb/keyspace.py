@@ -362,6 +362,15 @@ class Keyspace:
 
     # Sessions
 
+    def session_place(self, uid: bytes) -> tuple[int, bytes, Entry] | None:
+        """(database, key, entry) of the key that names a session now, whatever it was renamed to; None if none does."""
+        where = self._sessions.get(uid)
+        entry = None if where is None else self._session_at(uid, *where)
+        if where is None or entry is None:
+            self._sessions.pop(uid, None)
+            return None
+        return (*where, entry)
+
     def session_uids(self) -> set[bytes]:
         """Uids of all sessions that some key names."""
         for uid in [uid for uid, where in self._sessions.items() if self._session_at(uid, *where) is None]:
@@ -379,12 +388,12 @@ class Keyspace:
 
         Both changes are of one layer, so a crash sees both or neither. False if no key names the session any more.
         """
-        where = self._sessions.get(uid)
-        entry = None if where is None else self._session_at(uid, *where)
-        if where is None or entry is None or not isinstance(entry.value, SessionValue):
+        found = self.session_place(uid)
+        if found is None or not isinstance(found[2].value, SessionValue):
             return False
-        value = SessionValue(uid, entry.value.fingerprint, snapshot_id, n_tokens, snapshot_id)
-        self.put(*where, entry._replace(value=value))
+        db, key, entry = found
+        value = SessionValue(uid, found[2].value.fingerprint, snapshot_id, n_tokens, snapshot_id)
+        self.put(db, key, entry._replace(value=value))
         self.journal_drop(uid, n_tokens)
         return True
 

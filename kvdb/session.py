@@ -28,7 +28,7 @@ class Model:
 class Session:
     """A timeline in use.
 
-    place: database and key it was last used by. generation: the worker generation in which its state is resident, -1
+    generation: the worker generation in which its state is resident, -1
     for none. shares_ids: `ids` belongs to a fork too and is copied before it grows.
     Invariant: while `lock` is free, a resident state is at exactly the tokens `ids`.
     """
@@ -38,7 +38,6 @@ class Session:
     base: bytes | None
     base_tokens: int
     ids: array[int]
-    place: tuple[int, bytes]
     generation: int = -1
     used: float = 0.0
     shares_ids: bool = False

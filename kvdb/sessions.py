@@ -14,7 +14,8 @@ import secrets
 import time
 from array import array
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from kvdb.store.rows import Reason
 from kvdb.store.store import Store
 
 log = logging.getLogger("kvdb.sessions")
+
+# A session's ids are 4 bytes a token in the daemon: those that nobody uses give them back.
+FORGET_AFTER_S = 60.0
 
 StoreState = Callable[["Sessions", Session, Reason], Awaitable[None]]
 
@@ -72,12 +76,18 @@ class Sessions:
         for model in self.models.values():
             if model.info.fingerprint == fingerprint:
                 return model
-        families = {record.fingerprint: record.family for record in self.store.models()}
         for model in self.models.values():
-            if self.cross_quant and families.get(fingerprint) == model.info.family:
+            if self.may_use(model, fingerprint):
                 return model
         raise WrongModelError(
             f"the state belongs to model {fingerprint.hex()[:12]}, which is not served here; start kvdb-server with it"
+        )
+
+    def may_use(self, model: Model, fingerprint: bytes) -> bool:
+        """Whether a model may go on from a state with this fingerprint: its own, or its family's under `allow`."""
+        info = model.info
+        return info.fingerprint == fingerprint or (
+            self.cross_quant and self.store.family_of(fingerprint) == info.family
         )
 
     def check_ids(self, model: Model, ids: Sequence[int] | array[int], before: int = 0) -> None:
@@ -123,40 +133,49 @@ class Sessions:
             if journal and first <= len(ids):
                 ids.extend(ids_array(journal)[len(ids) - first :])
             model = self.model_of(value.fingerprint)
-            fresh = Session(value.uid, model, value.base, value.base_tokens, ids, (db, name))
+            fresh = Session(value.uid, model, value.base, value.base_tokens, ids)
             session = self.open.setdefault(value.uid, fresh)
-        session.place = (db, name)
         session.used = time.monotonic()
         return session
 
-    def create(self, db: int, name: bytes, model: Model, base: bytes | None, ids: array[int]) -> Session:
-        """Put a new session that stands on `base` under a key, replacing whatever session is there."""
-        session = Session(secrets.token_bytes(16), model, base, len(ids), ids, (db, name), used=time.monotonic())
-        self.adopt(session)
+    @asynccontextmanager
+    async def use(self, db: int, name: bytes) -> AsyncIterator[Session]:
+        """The session under a key, with its lock held. Raises KvdbError when there is none."""
+        while True:
+            session = await self.get(db, name)
+            async with session.lock:
+                # Whoever had the lock before may have deleted, renamed or replaced the session, or it was forgotten.
+                value = self.entry(db, name)
+                if value is not None and value.uid == session.uid and self.open.get(session.uid) is session:
+                    yield session
+                    return
+
+    def create(self, db: int, name: bytes, model: Model) -> Session:
+        """Put a new, empty session under a key, replacing whatever is there."""
+        session = Session(secrets.token_bytes(16), model, None, 0, array("I"), used=time.monotonic())
+        self.adopt(db, name, session)
         return session
 
-    def adopt(self, session: Session) -> None:
-        """Name a session by its key, replacing whatever session is there."""
+    def adopt(self, db: int, name: bytes, session: Session) -> None:
+        """Name a session by a key, replacing whatever is there."""
         self.open[session.uid] = session
-        self.keyspace.put(*session.place, Entry(EntryType.SESSION, 0, self.value_of(session)))
+        self.keyspace.put(db, name, Entry(EntryType.SESSION, 0, self.value_of(session)))
 
     def value_of(self, session: Session) -> SessionValue:
         """What the keyspace keeps of a session."""
         fingerprint = session.model.info.fingerprint
         return SessionValue(session.uid, fingerprint, session.base, session.base_tokens, lineage=session.base)
 
-    def named_entry(self, session: Session) -> Entry | None:
-        """The entry under the session's key, if that still means this session."""
-        found = self.keyspace.get(*session.place)
-        if found is None or not isinstance(found.value, SessionValue) or found.value.uid != session.uid:
-            return None
-        return found
+    def is_named(self, session: Session) -> bool:
+        """Whether some key still means this session."""
+        return self.keyspace.session_place(session.uid) is not None
 
     def save(self, session: Session) -> None:
         """Write the session's entry again after its base moved; the key's expiry stays."""
-        found = self.named_entry(session)
+        found = self.keyspace.session_place(session.uid)
         if found is not None:
-            self.keyspace.put(*session.place, found._replace(value=self.value_of(session)))
+            db, key, entry = found
+            self.keyspace.put(db, key, entry._replace(value=self.value_of(session)))
 
     def stand_on(self, session: Session, base: bytes | None, base_tokens: int, ids: array[int]) -> None:
         """Give the session another timeline: `ids`, of which the first `base_tokens` are the snapshot `base`."""
@@ -186,24 +205,29 @@ class Sessions:
 
     async def make_resident(self, session: Session) -> int:
         """Load or rebuild the live state; returns how many tokens had to be computed again. The lock is held."""
+        await session.model.client.start()
+        n_computed = 0 if session.is_resident else await self._load(session)
+        await self._trim(session.model, keep=session)
+        return n_computed
+
+    async def _load(self, session: Session) -> int:
         client = session.model.client
-        await client.start()
-        if session.is_resident:
-            return 0
         if session.base is None:
             await client.call("open", sid=session.uid, source=None, places=None)
         else:
             with self.store.hold(session.base):
                 places = self.store.plan(session.base)
                 wire = [(str(place.path), place.offset, place.record_bytes, place.id) for place in places]
-                await client.call("open", sid=session.uid, source=None, places=wire)
+                opened = await client.call("open", sid=session.uid, source=None, places=wire)
+                if not session.ids:
+                    # RESTORE leaves them to the worker, which has read and checked every page anyway.
+                    session.ids = ids_array(opened["ids"])
         generation = client.generation
         missing = session.ids[session.base_tokens :]
         if missing:
             await client.call("extend", sid=session.uid, ids=missing.tobytes())
         # Only now: a call that fails above leaves a half-built state, which the next `open` replaces.
         session.generation = generation
-        await self._trim(session.model, keep=session)
         return len(missing)
 
     async def _trim(self, model: Model, keep: Session) -> None:
@@ -218,35 +242,40 @@ class Sessions:
                 return
             oldest = min(idle, key=lambda session: session.used)
             async with oldest.lock:
-                if not oldest.is_clean and oldest.n_tokens and self.named_entry(oldest) is not None:
-                    await self._store_state(self, oldest, Reason.EVICT)
+                await self._store_dirty(oldest, Reason.EVICT)
                 oldest.generation = -1
-                await model.client.call("close", sid=oldest.uid)
+                await model.client.forget(oldest.uid)
 
-    async def sweep(self) -> None:
-        """Forget sessions whose key is gone, with their live states. Called now and then.
+    async def _store_dirty(self, session: Session, reason: Reason) -> None:
+        """Store a live state that is about to be dropped, unless it is stored already. The lock is held."""
+        if not session.is_resident or session.is_clean or not session.n_tokens or not self.is_named(session):
+            return
+        try:
+            await self._store_state(self, session, reason)
+        except KvdbError as error:
+            # Base and journal still name every token; only recomputation is lost.
+            log.warning("session %s was not stored (%s): %s", session.uid.hex(), reason.name.lower(), error)
 
-        A session that was renamed is forgotten too and comes back from base and journal on its next use.
+    async def sweep(self, forget_after_s: float = FORGET_AFTER_S) -> None:
+        """Forget sessions whose key is gone, with their live states, and those at rest. Called now and then.
+
+        At rest: not live and unused for `forget_after_s`. It comes back from base and journal on its next use.
         """
         for uid, session in list(self.open.items()):
-            if not session.lock.locked() and self.named_entry(session) is None:
+            if session.lock.locked() or self.open.get(uid) is not session:
+                continue
+            is_at_rest = not session.is_resident and time.monotonic() - session.used > forget_after_s
+            if is_at_rest or not self.is_named(session):
                 del self.open[uid]
-                if session.is_resident:
-                    await session.model.client.call("close", sid=uid)
+                # Also of one that is not resident: its loading may have been cancelled half-way.
+                await session.model.client.forget(uid)
 
     async def park(self, model: Model, reason: Reason) -> None:
         """Store every dirty live state of a model, so that its worker can end without loss."""
         for session in list(self.open.values()):
-            if session.model is not model or self.named_entry(session) is None:
-                continue
-            async with session.lock:
-                if not session.is_resident or session.is_clean or not session.n_tokens:
-                    continue
-                try:
-                    await self._store_state(self, session, reason)
-                except KvdbError as error:
-                    # Base and journal still name every token; only recomputation is lost.
-                    log.warning("session %s was not stored (%s): %s", session.uid.hex(), reason.name.lower(), error)
+            if session.model is model and session.is_resident:
+                async with session.lock:
+                    await self._store_dirty(session, reason)
 
     async def reap_idle(self, timeout_s: float) -> None:
         """Put workers to rest that had nothing to do for `timeout_s`."""
@@ -258,8 +287,10 @@ class Sessions:
                     await client.stop()
 
     async def close(self) -> None:
-        """Graceful end: store what is live, then end the workers."""
+        """Graceful end: stop prefills and generations at their next border, store what is live, end the workers."""
         for model in self.models.values():
-            if model.client.running:
-                await self.park(model, Reason.SHUTDOWN)
-                await model.client.stop()
+            model.client.is_closing = True
+            model.client.cancel()
+        for model in self.models.values():
+            await self.park(model, Reason.SHUTDOWN)
+            await model.client.stop()

@@ -7,20 +7,25 @@ not the store, not the session.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from kvdb.errors import KvdbError, SnapshotGoneError, StalePagesError, WrongTypeError
+from kvdb.engine_client import finish
+from kvdb.errors import KvdbError, StalePagesError, WrongTypeError
 from kvdb.session import Session
 from kvdb.sessions import Sessions
-from kvdb.store.entries import Entry, SessionValue, SnapshotValue
+from kvdb.store.entries import Entry, SnapshotValue
 from kvdb.store.records import CommittedSnapshot, NewSnapshot, WrittenRecord
 from kvdb.store.rows import Reason
 from kvdb_protocol.frames import Message
 from kvdb_protocol.ids import root_prefix
 from kvdb_protocol.record import RecordType
 
+log = logging.getLogger("kvdb.sessions")
+
+Place = tuple[int, bytes]  # database and key
 MakeEntry = Callable[[bytes], Entry]
 Reply = dict[str, Any]
 
@@ -39,8 +44,7 @@ async def snapshot(
     make_entry: the key's entry for a snapshot id. guard: NX and XX; None is returned when it says no.
     """
     began = time.perf_counter()
-    session = await sessions.get(db, name)
-    async with session.lock:
+    async with sessions.use(db, name) as session:
         if session.n_tokens == 0:
             raise KvdbError("the session is empty: there is no state to store")
         found = sessions.keyspace.get(db, key)
@@ -68,47 +72,50 @@ async def snapshot(
 
 
 async def _store_under(
-    sessions: Sessions, session: Session, reason: Reason, key: tuple[int, bytes], make_entry: MakeEntry
+    sessions: Sessions, session: Session, reason: Reason, key: Place, make_entry: MakeEntry
 ) -> CommittedSnapshot:
     """Name the session's state by `key`; only what is not stored yet is written."""
     if not session.is_clean:
         return await _store(sessions, session, reason, key, make_entry)
     assert session.base is not None
     with sessions.store.hold(session.base) as record:
-        sessions.keyspace.put(*key, make_entry(session.base))
-        await sessions.keyspace.flush()
+        before, entry = sessions.keyspace.get(*key), make_entry(session.base)
+        sessions.keyspace.put(*key, entry)
+        try:
+            await finish(sessions.keyspace.flush())
+        except KvdbError:
+            if sessions.keyspace.get(*key) is entry:
+                if before is not None:
+                    sessions.keyspace.put(*key, before)
+                else:
+                    sessions.keyspace.delete(*key)
+            raise
     return CommittedSnapshot(session.base, 0, record.tail_bytes + record.chain_bytes, 0, True)
 
 
 async def store_state(sessions: Sessions, session: Session, reason: Reason) -> None:
     """Make a dirty session's state its base, without a key of its own: the session's entry names it. Lock held."""
-
-    def make_entry(snapshot_id: bytes) -> Entry:
-        found = sessions.named_entry(session)
-        if found is None:
-            raise SnapshotGoneError("the session's key is gone")
-        fingerprint = session.model.info.fingerprint
-        return found._replace(
-            value=SessionValue(session.uid, fingerprint, snapshot_id, session.n_tokens, lineage=snapshot_id)
-        )
-
-    await _store(sessions, session, reason, session.place, make_entry)
+    await _store(sessions, session, reason, None, None)
 
 
 async def _store(
-    sessions: Sessions, session: Session, reason: Reason, key: tuple[int, bytes], make_entry: MakeEntry
+    sessions: Sessions, session: Session, reason: Reason, key: Place | None, make_entry: MakeEntry | None
 ) -> CommittedSnapshot:
-    """Write and commit; the lock is held. A client that goes away meanwhile does not stop it half-way."""
+    """Write and commit; the lock is held.
+
+    A client that goes away meanwhile does not stop it half-way: the commit moves the session's base, and who has the
+    lock next must find the session there.
+    """
     await sessions.make_resident(session)
     try:
-        return await _store_once(sessions, session, reason, key, make_entry)
+        return await finish(_store_once(sessions, session, reason, key, make_entry))
     except StalePagesError:
         # A page this write counted on was freed by a delete that came first. The second try writes it.
-        return await _store_once(sessions, session, reason, key, make_entry)
+        return await finish(_store_once(sessions, session, reason, key, make_entry))
 
 
 async def _store_once(
-    sessions: Sessions, session: Session, reason: Reason, key: tuple[int, bytes], make_entry: MakeEntry
+    sessions: Sessions, session: Session, reason: Reason, key: Place | None, make_entry: MakeEntry | None
 ) -> CommittedSnapshot:
     store, info = sessions.store, session.model.info
     layout = info.layout
@@ -142,11 +149,10 @@ async def _store_once(
         )
         # The commit moves the segment's position past these records before it first waits, so the next writer may
         # begin while this one is being synced: that is what makes a group commit of snapshots.
-        commit = asyncio.ensure_future(
-            store.commit_snapshot(new, key=key, entry=make_entry(new.id), session_uid=session.uid)
-        )
+        entry = make_entry(new.id) if make_entry is not None else None
+        commit = asyncio.ensure_future(store.commit_snapshot(new, key=key, entry=entry, session_uid=session.uid))
         await asyncio.sleep(0)
-    done = await asyncio.shield(commit)
+    done = await commit
     session.base, session.base_tokens = new.id, session.n_tokens
     return done
 
@@ -167,22 +173,43 @@ def _written(session: Session, done: Message, prefixes: list[bytes]) -> list[Wri
 
 
 class Background:
-    """Snapshots that were asked for with ASYNC, by database and key, until WAITSNAP or the next one collects them."""
+    """Snapshots that were asked for with ASYNC, by database and key, until WAITSNAP or the next one collects them.
 
-    def __init__(self) -> None:
-        self._tasks: dict[tuple[int, bytes], asyncio.Task[Reply | None]] = {}
+    keep: how many results wait at most for someone who asks; the oldest are forgotten, as most clients never ask.
+    """
 
-    def start(self, key: tuple[int, bytes], work: Coroutine[Any, Any, Reply | None]) -> None:
+    def __init__(self, keep: int = 1024) -> None:
+        self._keep = keep
+        self._running: set[asyncio.Task[Reply | None]] = set()
+        self._latest: dict[Place, asyncio.Task[Reply | None]] = {}
+
+    def start(self, key: Place, work: Coroutine[Any, Any, Reply | None]) -> None:
         """Carry a snapshot out in the background."""
-        self._tasks[key] = asyncio.create_task(work)
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._done)
+        self._latest.pop(key, None)
+        self._latest[key] = task
+        for old in list(self._latest)[: len(self._latest) - self._keep]:
+            del self._latest[old]
 
-    async def wait(self, key: tuple[int, bytes]) -> Reply | None:
+    def _done(self, task: asyncio.Task[Reply | None]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("a snapshot in the background failed: %s", error)
+
+    async def wait(self, key: Place) -> Reply | None:
         """The reply of the last background snapshot under this key, or its error; None when there is none."""
-        task = self._tasks.get(key)
+        task = self._latest.get(key)
         if task is None:
             return None
         try:
             return await asyncio.shield(task)
         finally:
-            if task.done():
-                self._tasks.pop(key, None)
+            if task.done() and self._latest.get(key) is task:
+                del self._latest[key]
+
+    async def idle(self) -> None:
+        """Wait until nothing is under way."""
+        while self._running:
+            await asyncio.wait(self._running)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvdb.errors import EngineDownError, KvdbError, SnapshotGoneError
+from kvdb.errors import BusyError, EngineDownError, KvdbError, SnapshotGoneError, WrongModelError
 from kvdb.session import Model, Session
 from kvdb.sessions import Sessions
 from kvdb_engine.sampling import Sampling
@@ -44,15 +44,20 @@ async def prefill(
     becomes the longest prefix found.
     """
     began = time.perf_counter()
-    value = sessions.entry(db, name)
     sessions.check_ids(model, ids)
     if not ids:
         raise KvdbError("the prompt is empty: give at least one token")
-    if value is not None and sessions.model_of(value.fingerprint) is model:
-        session = await sessions.get(db, name)
-    else:
-        session = sessions.create(db, name, model, None, array("I"))
-    async with session.lock:
+    # What is needed is looked for before the old timeline is given up.
+    own = await sessions.get(db, name) if _is_of(sessions, db, name, model) else None
+    found = find_reuse(sessions, model, own, ids, reuse)
+    if reuse != "ONLY" and found.n_tokens < len(ids):
+        await model.client.start()
+        model.client.admit()
+    if not _is_of(sessions, db, name, model):
+        sessions.create(db, name, model)
+    async with sessions.use(db, name) as session:
+        if session.model is not model:
+            raise BusyError("another client made a session of another model of this key: try again")
         found = await _take_longest(sessions, session, ids, reuse)
         recomputed = 0
         if reuse != "ONLY" and found.n_tokens < len(ids):
@@ -68,12 +73,19 @@ async def prefill(
     }
 
 
+def _is_of(sessions: Sessions, db: int, name: bytes, model: Model) -> bool:
+    """Whether a key holds a session that this model continues."""
+    value = sessions.entry(db, name)
+    try:
+        return value is not None and sessions.model_of(value.fingerprint) is model
+    except WrongModelError:
+        return False
+
+
 async def _take_longest(sessions: Sessions, session: Session, ids: array[int], reuse: str) -> Reuse:
     """Put the session on the longest prefix of `ids` at hand."""
     while True:
-        found = find_reuse(sessions, session, ids) if reuse != "NO" else Reuse("none", 0)
-        if reuse == "ONLY" and not found.n_tokens:
-            raise KvdbError("no live or stored prefix of this prompt; PREFILL without REUSE ONLY computes it")
+        found = find_reuse(sessions, session.model, session, ids, reuse)
         if found.live is session:
             return found
         if found.live is not None:
@@ -90,31 +102,50 @@ async def _take_longest(sessions: Sessions, session: Session, ids: array[int], r
             continue  # deleted between the lookup and here: look again
 
 
-def find_reuse(sessions: Sessions, session: Session, ids: array[int]) -> Reuse:
-    """The longest prefix at hand; what is live wins a tie, because it costs nothing."""
+def find_reuse(sessions: Sessions, model: Model, own: Session | None, ids: array[int], reuse: str) -> Reuse:
+    """The longest prefix at hand; what is live wins a tie, because it costs nothing. Raises KvdbError for ONLY."""
     best = Reuse("none", 0)
-    if 0 < session.n_tokens <= len(ids) and ids[: session.n_tokens] == session.ids:
-        best = Reuse("live", session.n_tokens, session)
+    if reuse == "NO":
+        return best
+    if own is not None and own.n_tokens and _begins_with(ids, own.ids):
+        best = Reuse("live", own.n_tokens, own)
     for other in sessions.open.values():
-        n = other.n_tokens
-        is_usable = other.model is session.model and other.is_resident and not other.lock.locked()
+        is_usable = other.model is model and other.is_resident and not other.lock.locked()
         # A session whose key is gone may stand on a base that is gone too.
-        if is_usable and best.n_tokens < n <= len(ids) and ids[:n] == other.ids and sessions.named_entry(other):
-            best = Reuse("live", n, other)
-    info = session.model.info
+        if is_usable and other.n_tokens > best.n_tokens and _begins_with(ids, other.ids) and sessions.is_named(other):
+            best = Reuse("live", other.n_tokens, other)
+    info = model.info
     match = sessions.store.longest_prefix(
         info.family, info.fingerprint, ids.tobytes(), cross_quant=sessions.cross_quant
     )
     if match is not None and match.n_tokens > best.n_tokens:
         best = Reuse("stored", match.n_tokens, snapshot=match.snapshot_id)
+    if reuse == "ONLY" and not best.n_tokens:
+        raise KvdbError("no live or stored prefix of this prompt; PREFILL without REUSE ONLY computes it")
     return best
+
+
+def _begins_with(ids: array[int], prefix: array[int]) -> bool:
+    n = len(prefix)
+    # The last token first: it differs in most sessions, and a comparison of a million ids begins with a copy of them.
+    return n <= len(ids) and ids[n - 1] == prefix[-1] and ids[:n] == prefix
 
 
 async def clone(sessions: Sessions, origin: Session, session: Session) -> None:
     """Give `session` the timeline and, where there is one, the live state of `origin`. The origin must not move."""
+    stand_beside(sessions, origin, session)
+    await share_state(origin, session)
+
+
+def stand_beside(sessions: Sessions, origin: Session, session: Session) -> None:
+    """Give `session` the timeline of `origin`."""
     sessions.stand_on(session, origin.base, origin.base_tokens, origin.ids)
     # A million ids are 4 MB: whoever grows first makes the copy, so that a fork costs the same at any length.
     session.shares_ids = origin.shares_ids = True
+
+
+async def share_state(origin: Session, session: Session) -> None:
+    """Give `session`, which stands beside `origin`, a copy of its live state, if it has one."""
     if origin.is_resident:
         generation = origin.generation
         try:
@@ -143,8 +174,7 @@ async def extend(
 ) -> Reply:
     """Append tokens to a session."""
     began = time.perf_counter()
-    session = await sessions.get(db, name)
-    async with session.lock:
+    async with sessions.use(db, name) as session:
         before = session.n_tokens
         sessions.check_ids(session.model, ids, before)
         recomputed = await sessions.make_resident(session)
@@ -173,9 +203,8 @@ async def generate(
     finish: length, eos, stop (a stop string appeared) or context (the model's context is full).
     """
     began = time.perf_counter()
-    session = await sessions.get(db, name)
-    tokenizer = session.model.info.tokenizer
-    async with session.lock:
+    async with sessions.use(db, name) as session:
+        tokenizer = session.model.info.tokenizer
         if session.n_tokens == 0:
             raise KvdbError("the session is empty: PREFILL it first")
         await sessions.make_resident(session)

@@ -9,7 +9,7 @@ The worker knows sessions only by their uid. It decides nothing about durability
 range the daemon reserved, the daemon syncs and commits. When the socket closes, the process ends.
 
 Requests (op: fields -> fields of `done`)
-    open: sid, source (sid or None), places ([path, offset, bytes, id] or None) -> tokens, bytes_read
+    open: sid, source (sid or None), places ([path, offset, bytes, id] or None) -> tokens, bytes_read, ids
     extend: sid, ids (u32 bytes); events progress(done, total)                -> tokens
     generate: sid, max_tokens, sampling, stop ([bytes]), stop_ids; events token(id) -> tokens, finish
     write: sid, path, offset, have, known ([[page id]], from page `have`)
@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import socket
 import time
 from collections import deque
@@ -93,11 +92,11 @@ class Worker:
     def serve(self) -> None:
         """The loop: take new requests, run the next one up to its border."""
         while True:
-            # With work at hand only look for new requests; without, sleep until one comes.
-            ready, _, _ = select.select([self.sock], [], [], 0 if self.tasks else None)
-            if ready:
+            # With work at hand only look for new requests; without, sleep until one comes. Not `select`: it refuses
+            # descriptors from 1024 on, and ours has the number it had in a daemon with any number of clients.
+            with contextlib.suppress(BlockingIOError):
                 try:
-                    data = self.sock.recv(1 << 20)
+                    data = self.sock.recv(1 << 20, socket.MSG_DONTWAIT if self.tasks else 0)
                 except ConnectionError:
                     return
                 if not data:
@@ -112,7 +111,7 @@ class Worker:
         if message["op"] == "cancel":
             self.cancel(message["target"])
             return
-        handler = getattr(self, f"op_{message['op']}")
+        handler = getattr(self, f"op_{message['op']}", self.op_unknown)
         self.tasks.append((message["id"], handler(message), time.perf_counter()))
 
     def advance(self) -> None:
@@ -167,6 +166,11 @@ class Worker:
             raise RequestError("ENGINEDOWN", "the session is not resident in this worker")
         return found
 
+    def op_unknown(self, message: Message) -> Task:
+        """A request of another version."""
+        yield from ()
+        raise RequestError("ERR", f"the engine worker has no request '{message['op']}'")
+
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def op_open(self, message: Message) -> Task:
@@ -174,6 +178,7 @@ class Worker:
         yield from ()
         places: Sequence[Place] | None = message["places"]
         n_read = 0
+        ids = b""
         if message["source"] is not None:
             origin = self.sessions.get(message["source"])
             if origin is None:
@@ -183,8 +188,9 @@ class Worker:
             live = Live(self.engine.new_state())
         else:
             live, n_read = self.read_state(places)
+            ids = np.asarray(live.state.ids, "<u4").tobytes()
         self.sessions[message["sid"]] = live
-        return {"tokens": live.state.n_tokens, "bytes_read": n_read}
+        return {"tokens": live.state.n_tokens, "bytes_read": n_read, "ids": ids}
 
     def read_state(self, places: Sequence[Place]) -> tuple[Live, int]:
         """Read and check every record of a snapshot and build its live state."""

@@ -48,7 +48,7 @@ def status(client: Client, raw: list[bytes]) -> Reply:
         "starts": worker.starts,
         "requests": [
             {
-                "session": sessions.open[sid].place[1] if sid in sessions.open else None,
+                "session": place[1] if sid is not None and (place := sessions.keyspace.session_place(sid)) else None,
                 "op": op,
                 "done": done,
                 "total": total,

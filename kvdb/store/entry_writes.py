@@ -11,6 +11,7 @@ import logging
 import msgpack
 from blake3 import blake3
 
+from kvdb.errors import SnapshotGoneError
 from kvdb.store.entries import (
     Entry,
     SessionValue,
@@ -57,6 +58,18 @@ def write_entry(txn: Txn, work: Work, db: int, key: bytes, entry: Entry | None) 
     if entry is not None and isinstance(entry.value, SessionValue):
         work.uids[entry.value.uid] = True
         txn.put(Table.SESSIONS, entry.value.uid, msgpack.packb([db, key]))
+
+
+def rebase_session(txn: Txn, work: Work, uid: bytes, snapshot_id: bytes, n_tokens: int) -> None:
+    """Name a snapshot as a session's base under the key that it has by now. Raises SnapshotGoneError if it has none."""
+    where = txn.get(Table.SESSIONS, uid)
+    db, key = (0, b"") if where is None else msgpack.unpackb(where)
+    data = None if where is None else txn.get(Table.KEYS, name_key(db, key))
+    entry = None if data is None else decode_entry(data)
+    if entry is None or not isinstance(entry.value, SessionValue) or entry.value.uid != uid:
+        raise SnapshotGoneError("the session was deleted while it was stored")
+    value = SessionValue(uid, entry.value.fingerprint, snapshot_id, n_tokens, snapshot_id)
+    write_entry(txn, work, db, key, entry._replace(value=value))
 
 
 def _move_reference(

@@ -28,7 +28,7 @@ from kvdb.store.budget import INDEX_MARGIN, Budget
 from kvdb.store.care import Care
 from kvdb.store.committer import DISK_FULL, Committer
 from kvdb.store.entries import Entry
-from kvdb.store.entry_writes import write_entry
+from kvdb.store.entry_writes import rebase_session, write_entry
 from kvdb.store.errors import as_kvdb_error
 from kvdb.store.exchange import IncomingState, export_archive, write_state
 from kvdb.store.files import Files, OsFiles
@@ -273,9 +273,9 @@ class Store:
     ) -> CommittedSnapshot:
         """Make written records a snapshot and, in the same transaction, `entry` the value of `key`.
 
-        Without a key the snapshot is cached: it stays until `drop_cached` or eviction. session_uid: the session whose
-        state this is; the snapshot becomes its base. Durable when it returns. Raises StalePagesError (write again),
-        NoSpaceError, and on any error changes nothing.
+        session_uid: the session whose state this is; the snapshot becomes its base, and without a key of its own is
+        named by the session's. Without both it is cached: it stays until `drop_cached` or eviction. Durable when it
+        returns. Raises StalePagesError (write again), NoSpaceError, and on any error changes nothing.
         """
         if (key is None) != (entry is None):
             raise ValueError("a key comes with its entry")
@@ -287,12 +287,14 @@ class Store:
         extent = Extent(reservation.segment_id, reservation.offset, end - reservation.offset)
         if self.budget.excess(extent.n_bytes + INDEX_MARGIN) > 0:
             await self._make_room_for(extent)
-        committing = replace(new, is_cached=new.is_cached or key is None)
+        committing = replace(new, is_cached=new.is_cached or (key is None and session_uid is None))
 
         def item(txn: Txn, work: Work) -> CommittedSnapshot:
             done = commit_snapshot(txn, work, committing)
             if key is not None:
                 write_entry(txn, work, *key, entry)
+            elif session_uid is not None:
+                rebase_session(txn, work, session_uid, new.id, new.n_tokens)
             return done
 
         def committed(future: asyncio.Future[CommittedSnapshot]) -> None:

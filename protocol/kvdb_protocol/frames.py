@@ -19,8 +19,10 @@ Message = dict[str, Any]
 
 
 def encode_frame(message: Message) -> bytes:
-    """One frame."""
+    """One frame. Raises FormatError for one that the other side would refuse, which would end the worker."""
     body: bytes = msgpack.packb(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise FormatError(f"frame of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
     return _LENGTH.pack(len(body)) + body
 
 

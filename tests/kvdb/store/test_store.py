@@ -284,13 +284,23 @@ async def test_a_session_moves_to_its_new_snapshot(store: Store) -> None:
     store.keyspace.put(0, b"s", Entry(EntryType.SESSION, 0, SessionValue(uid, FINGERPRINT)))
     store.keyspace.journal_append(uid, 0, pack_ids(ids))
     new = await write_snapshot(store, ids)
-    await store.commit_snapshot(new, session_uid=uid)
+    done = await store.commit_snapshot(new, session_uid=uid)
     entry = store.keyspace.typed(0, b"s", EntryType.SESSION)
     assert entry is not None
     assert entry.value == SessionValue(uid, FINGERPRINT, new.id, len(ids), new.id)
     assert store.keyspace.journal_read(uid) == (0, b"")
     await store.keyspace.flush()
-    assert store.snapshot(new.id).refs == 2  # type: ignore[union-attr]
+    assert store.snapshot(new.id).refs == 1  # type: ignore[union-attr]
+    store.keyspace.delete(0, b"s")
+    await store.keyspace.flush()
+    assert not store.has_snapshot(done.id), "its session was its only name"
+
+
+async def test_a_session_that_is_gone_gets_no_snapshot(store: Store) -> None:
+    new = await write_snapshot(store, tokens(PAGE + 4))
+    with pytest.raises(SnapshotGoneError, match="deleted while it was stored"):
+        await store.commit_snapshot(new, session_uid=b"u" * 16)
+    assert not store.has_snapshot(new.id)
 
 
 async def test_the_longest_prefix_wins(store: Store) -> None:

@@ -1,0 +1,399 @@
+"""Sessions against everything that can come between two awaits: deletes, renames, cancels, failures. In one process,
+with a synthetic model, so that a test decides what happens when."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from array import array
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvdb import branches, storing, timelines
+from kvdb.errors import EngineDownError, KvdbError, NoEngineError, NoSpaceError
+from kvdb.session import Model
+from kvdb.sessions import Sessions
+from kvdb.store.entries import Entry, EntryType, SessionValue, SnapshotValue
+from kvdb.store.records import ModelRecord
+from kvdb.store.rows import Reason
+from kvdb.store.store import Store
+from kvdb.storing import Background, store_state
+from kvdb_engine.catalog import open_model
+from kvdb_engine.sampling import Sampling
+
+SPEC = "synthetic:dsv4-nano,page_tokens=128"
+DB = 0
+
+
+def prompt(n_tokens: int, salt: int = 0) -> array[int]:
+    return array("I", [(7 * number + 13 * salt) % 250 + 1 for number in range(n_tokens)])
+
+
+async def open_sessions(folder: Path) -> Sessions:
+    store = Store.open(folder, loop=asyncio.get_running_loop())
+    info = open_model(SPEC)
+    await store.register_model(ModelRecord(info.name, info.fingerprint, info.family, info.layout.to_bytes()))
+    return Sessions(store, {info.name: Model(info, SPEC)}, store_state)
+
+
+@pytest.fixture
+async def sessions(tmp_path: Path) -> AsyncIterator[Sessions]:
+    opened = await open_sessions(tmp_path / "data")
+    yield opened
+    await opened.close()
+    await opened.store.close()
+
+
+async def prefill(sessions: Sessions, name: bytes, ids: array[int], reuse: str = "YES") -> timelines.Reply:
+    return await timelines.prefill(sessions, DB, name, sessions.model(), ids, reuse)
+
+
+def named(snapshot_id: bytes) -> Entry:
+    return Entry(EntryType.SNAPSHOT, 0, SnapshotValue(snapshot_id))
+
+
+async def snapshot(sessions: Sessions, name: bytes, key: bytes) -> storing.Reply:
+    reply = await storing.snapshot(sessions, DB, name, key, named, lambda: True)
+    assert reply is not None
+    return reply
+
+
+async def live_ids(sessions: Sessions, name: bytes) -> array[int]:
+    """What the worker's state is, seen through the logits: they are a function of the timeline."""
+    session = await sessions.get(DB, name)
+    return session.ids[:]
+
+
+async def logits(sessions: Sessions, name: bytes) -> bytes:
+    return (await branches.logits(sessions, DB, name))[2]
+
+
+async def fresh_logits(sessions: Sessions, ids: array[int]) -> bytes:
+    """The logits of a timeline, computed without anything that is stored or live."""
+    await prefill(sessions, b"fresh", ids, "NO")
+    return await logits(sessions, b"fresh")
+
+
+async def settled(sessions: Sessions) -> None:
+    """Everything that was begun is over."""
+    await sessions.keyspace.flush()
+    await sessions.store._committer.idle()
+
+
+async def resident(sessions: Sessions) -> set[bytes]:
+    """Uids of the states that the worker itself holds."""
+    done = await sessions.model().client.call("status")
+    return set(done["resident"])
+
+
+@contextmanager
+def commits_wait(sessions: Sessions) -> Iterator[threading.Event]:
+    """Rounds stop before their commit until the event is set."""
+    files = sessions.store.files
+    gate, before = threading.Event(), files.commit
+
+    def commit(call: object) -> None:
+        gate.wait(20)
+        before(call)  # type: ignore[arg-type]
+
+    files.commit = commit  # type: ignore[method-assign,assignment]
+    try:
+        yield gate
+    finally:
+        gate.set()
+        files.commit = before  # type: ignore[method-assign]
+
+
+async def turns(n: int = 20) -> None:
+    """Let everything run that is ready."""
+    for _ in range(n):
+        await asyncio.sleep(0.002)
+
+
+# -- a client that goes away -------------------------------------------------------------------------------------------
+
+
+async def test_a_cancelled_snapshot_leaves_the_session_on_a_base_that_exists(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    await snapshot(sessions, b"s", b"k")
+    await timelines.extend(sessions, DB, b"s", array("I", [5, 6]))
+    with commits_wait(sessions) as gate:
+        task = asyncio.create_task(snapshot(sessions, b"s", b"k"))
+        await turns()
+        task.cancel()
+        await turns(3)
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await settled(sessions)
+    session = await sessions.get(DB, b"s")
+    assert session.base is not None and sessions.store.has_snapshot(session.base)
+    found = sessions.keyspace.get(DB, b"s")
+    assert found is not None and isinstance(found.value, SessionValue) and found.value.base == session.base
+    await sessions.model().client.stop()
+    assert await logits(sessions, b"s") == await fresh_logits(sessions, array("I", [*prompt(300), 5, 6]))
+
+
+async def test_two_cancels_do_not_let_go_of_a_session_that_still_grows(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(10))
+    task = asyncio.create_task(timelines.generate(sessions, DB, b"s", 100_000, Sampling(seed=1), []))
+    session = await sessions.get(DB, b"s")
+    while session.n_tokens < 20:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    n_tokens = session.n_tokens
+    await turns()
+    assert session.n_tokens == n_tokens
+    assert await logits(sessions, b"s") == await fresh_logits(sessions, session.ids[:])
+
+
+async def test_a_cancelled_restore_leaves_nothing_in_the_worker(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    await snapshot(sessions, b"s", b"k")
+    before = await resident(sessions)
+    task = asyncio.create_task(branches.restore(sessions, DB, b"k", b"r", replace=False))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert sessions.keyspace.get(DB, b"r") is None
+    await turns(5)
+    await sessions.sweep()
+    assert await resident(sessions) == before
+
+
+async def test_a_failed_restore_leaves_nothing_in_the_worker(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    await snapshot(sessions, b"s", b"k")
+    before = await resident(sessions)
+
+    async def token_ids(snapshot_id: bytes) -> bytes:
+        raise NoSpaceError("an error of the disk")
+
+    monkeypatch.setattr(sessions.store, "token_ids", token_ids)
+    with pytest.raises(NoSpaceError):
+        await branches.restore(sessions, DB, b"k", b"r", replace=False)
+    await turns(5)
+    await sessions.sweep()
+    assert await resident(sessions) == before
+
+
+# -- keys that go or move while a state is being stored ----------------------------------------------------------------
+
+
+async def test_a_session_deleted_while_it_is_evicted_stays_deleted(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    with commits_wait(sessions) as gate:
+        sessions.keyspace.put(DB, b"x", Entry(EntryType.STRING, 0, b"x"))
+        first = asyncio.ensure_future(sessions.keyspace.flush())
+        await turns(5)
+        parked = asyncio.create_task(sessions.park(sessions.model(), Reason.EVICT))
+        await turns()
+        assert sessions.keyspace.delete(DB, b"s")
+        gate.set()
+        await first
+        await parked
+    await settled(sessions)
+    assert sessions.keyspace.get(DB, b"s") is None
+
+
+async def test_a_session_renamed_while_it_is_evicted_has_one_name(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    with commits_wait(sessions) as gate:
+        sessions.keyspace.put(DB, b"x", Entry(EntryType.STRING, 0, b"x"))
+        first = asyncio.ensure_future(sessions.keyspace.flush())
+        await turns(5)
+        parked = asyncio.create_task(sessions.park(sessions.model(), Reason.EVICT))
+        await turns()
+        assert sessions.keyspace.rename(DB, b"s", b"t")
+        gate.set()
+        await first
+        await parked
+    await settled(sessions)
+    assert sessions.keyspace.get(DB, b"s") is None
+    assert (await sessions.get(DB, b"t")).n_tokens == 300
+    assert await logits(sessions, b"t") == await fresh_logits(sessions, prompt(300))
+
+
+async def test_a_renamed_session_keeps_its_live_state(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    sessions.keyspace.rename(DB, b"s", b"t")
+    await sessions.sweep()
+    reply = await timelines.extend(sessions, DB, b"t", array("I", [5]))
+    assert (reply["tokens"], reply["computed"]) == (301, 1)
+
+
+async def test_work_that_waited_for_a_session_finds_it_deleted(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(10))
+    session = await sessions.get(DB, b"s")
+    async with session.lock:
+        waiting = asyncio.create_task(timelines.extend(sessions, DB, b"s", array("I", [5])))
+        await turns(3)
+        sessions.keyspace.delete(DB, b"s")
+    with pytest.raises(KvdbError, match="no such session"):
+        await waiting
+
+
+async def test_sweeps_may_run_side_by_side(sessions: Sessions) -> None:
+    for number in range(5):
+        await prefill(sessions, b"%d" % number, prompt(10, number))
+        sessions.keyspace.delete(DB, b"%d" % number)
+    await asyncio.gather(*(sessions.sweep() for _ in range(3)))
+    assert not sessions.open
+    assert not await resident(sessions)
+
+
+async def test_a_session_that_rests_is_forgotten_and_comes_back(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    expected = await logits(sessions, b"s")
+    await sessions.sweep(forget_after_s=0)
+    assert len(sessions.open) == 1, "what is live is not forgotten"
+    await sessions.model().client.stop()
+    await sessions.sweep(forget_after_s=0)
+    assert not sessions.open
+    assert await logits(sessions, b"s") == expected
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_engine(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions.model().client, "spec", "no-such-model")
+
+
+@pytest.mark.usefixtures("no_engine")
+async def test_prefill_without_an_engine_changes_nothing(sessions: Sessions) -> None:
+    with pytest.raises(NoEngineError):
+        await prefill(sessions, b"new", prompt(10))
+    assert sessions.keyspace.get(DB, b"new") is None
+    with pytest.raises(KvdbError, match="no live or stored prefix"):
+        await prefill(sessions, b"new", prompt(10), "ONLY")
+    assert sessions.keyspace.get(DB, b"new") is None
+
+
+async def test_a_prefill_that_cannot_begin_keeps_the_old_timeline(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    await sessions.model().client.stop()
+    monkeypatch.setattr(sessions.model().client, "spec", "no-such-model")
+    with pytest.raises(NoEngineError):
+        await prefill(sessions, b"s", prompt(50, salt=3))
+    assert await live_ids(sessions, b"s") == prompt(300)
+
+
+async def test_a_rewind_that_cannot_compute_loses_no_tokens(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    await snapshot(sessions, b"s", b"k")
+    await timelines.extend(sessions, DB, b"s", array("I", [5, 6, 7]))
+    client = sessions.model().client
+    await client.stop()
+    with monkeypatch.context() as broken:
+        broken.setattr(client, "spec", "no-such-model")
+        with pytest.raises(NoEngineError):
+            await branches.rewind_tokens(sessions, DB, b"s", 302)
+        assert await live_ids(sessions, b"s") == array("I", [*prompt(300), 5, 6])
+    assert await logits(sessions, b"s") == await fresh_logits(sessions, array("I", [*prompt(300), 5, 6]))
+
+
+async def test_an_engine_that_dies_during_rewind_loses_no_tokens(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    client = sessions.model().client
+    assert client.process is not None
+    client.process.send_signal(signal.SIGSTOP)
+    task = asyncio.create_task(branches.rewind_tokens(sessions, DB, b"s", 290))
+    await turns(3)
+    client.kill()
+    with pytest.raises(EngineDownError):
+        await task
+    assert await live_ids(sessions, b"s") == prompt(290)
+
+
+async def test_a_full_disk_does_not_keep_states_in_memory(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions.cache_bytes = 1
+
+    async def reserve(writer: str, n_bytes_hint: int = 0) -> None:
+        raise NoSpaceError("the disk is full")
+
+    monkeypatch.setattr(sessions.store, "reserve", reserve)
+    await prefill(sessions, b"a", prompt(300, 1))
+    await prefill(sessions, b"b", prompt(300, 2))  # has to drop `a`, which cannot be stored
+    assert len(await resident(sessions)) == 1
+    assert await logits(sessions, b"a") == await fresh_logits(sessions, prompt(300, 1))
+
+
+async def test_branches_that_are_live_count_against_the_cache(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    n_bytes = sessions.model().client.resident_bytes
+    sessions.cache_bytes = 3 * n_bytes
+    names = [b"b%d" % number for number in range(8)]
+    await branches.fork(sessions, DB, b"s", names)
+    for name in names:
+        await timelines.extend(sessions, DB, name, array("I", [5]))
+    assert sessions.model().client.resident_bytes <= 4 * n_bytes
+
+
+async def test_fork_does_not_overwrite_a_key_that_appears_meanwhile(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await prefill(sessions, b"s", prompt(10))
+    task = asyncio.create_task(branches.fork(sessions, DB, b"s", [b"a", b"b"]))
+    await asyncio.sleep(0)
+    for name in (b"a", b"b"):
+        if sessions.keyspace.get(DB, name) is None:  # whoever finds the key free may take it
+            sessions.keyspace.put(DB, name, Entry(EntryType.STRING, 0, b"mine"))
+    try:
+        await task
+    except KvdbError:
+        return
+    for name in (b"a", b"b"):
+        found = sessions.keyspace.get(DB, name)
+        assert found is not None and found.type == EntryType.SESSION
+
+
+# -- background snapshots ----------------------------------------------------------------------------------------------
+
+
+async def test_background_results_that_nobody_collects_do_not_pile_up(caplog: pytest.LogCaptureFixture) -> None:
+    background = Background(keep=10)
+
+    async def work(number: int) -> storing.Reply | None:
+        if number == 3:
+            raise NoSpaceError("the disk is full")
+        return {"n": number}
+
+    for number in range(100):
+        background.start((DB, b"%d" % number), work(number))
+        await asyncio.sleep(0)
+    await background.idle()
+    assert "the disk is full" in caplog.text
+    assert await background.wait((DB, b"99")) == {"n": 99}
+    assert await background.wait((DB, b"0")) is None
+    assert await background.wait((DB, b"99")) is None
+
+
+async def test_idle_waits_for_replaced_background_work_too() -> None:
+    background, done = Background(), []
+
+    async def work(number: int) -> storing.Reply | None:
+        await asyncio.sleep(0.01)
+        done.append(number)
+        return {}
+
+    for number in range(3):
+        background.start((DB, b"k"), work(number))
+    await background.idle()
+    assert sorted(done) == [0, 1, 2]
