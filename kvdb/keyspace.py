@@ -21,13 +21,15 @@ from typing import Any
 import msgpack
 
 from kvdb.errors import KvdbError, WrongTypeError
-from kvdb.store.committer import Committer, ItemFunction
+from kvdb.store.committer import Committer, Frozen
 from kvdb.store.entries import (
     DATABASES,
+    LARGE_STRING_BYTES,
     Entry,
     EntryType,
     SessionValue,
     SnapshotValue,
+    StringRef,
     decode_entry,
     decode_key,
     key_hash,
@@ -44,6 +46,7 @@ from kvdb.store.entry_writes import (
     write_journal,
 )
 from kvdb.store.index import Index, Table, Txn, from_u64, u16, u64
+from kvdb.store.strings import LargeString, Refs
 from kvdb.store.work import Work, size_name
 
 Type = EntryType  # callers say keyspace.Type.SESSION
@@ -81,6 +84,36 @@ class _Layer:
         self.seen = [0] * DATABASES
         self.below = [0] * DATABASES
 
+    @property
+    def large(self) -> list[LargeString]:
+        """Strings that become records of their own (committer.Frozen)."""
+        return [
+            (db, key, entry.value)
+            for db, entries in enumerate(self.maps)
+            for key, entry in entries.items()
+            if entry is not None and type(entry.value) is bytes and len(entry.value) >= LARGE_STRING_BYTES
+        ]
+
+    def apply(self, txn: Txn, work: Work, refs: Refs) -> None:
+        """Make the changes, in the commit thread (committer.Frozen). A layer does not change while it is frozen."""
+        for db in self.cleared:
+            clear_database(txn, work, db)
+        for db, entries in enumerate(self.maps):
+            for key, entry in entries.items():
+                if entry is not None and (ref := refs.get((db, key))) is not None:
+                    entry = entry._replace(value=ref)
+                write_entry(txn, work, db, key, entry)
+        for uid, changes in self.journal.items():
+            if txn.get(Table.SESSIONS, uid) is None:
+                continue  # the session came and went between two commits: no key names its journal
+            for change in changes:
+                if change.drop:
+                    drop_journal(txn, uid, change.position)
+                elif change.ids is None:
+                    cut_journal(txn, uid, change.position)
+                else:
+                    write_journal(txn, uid, change.position, bytes(change.ids))
+
 
 class _JournalChange:
     """One change of a session's journal: `ids` is None for a cut, b"" with `drop` for forgetting the beginning."""
@@ -96,9 +129,17 @@ class _JournalChange:
 class Keyspace:
     """Keys of all databases. One thread only; see the module's first lines."""
 
-    def __init__(self, index: Index, committer: Committer, clock: Callable[[], int] = _clock_ms) -> None:
+    def __init__(
+        self,
+        index: Index,
+        committer: Committer,
+        read_string: Callable[[StringRef], bytes],
+        clock: Callable[[], int] = _clock_ms,
+    ) -> None:
+        """read_string: reads a large string from its segment, checked."""
         self._index = index
         self._committer = committer
+        self._read_string = read_string
         self._clock = clock
         self._reader = index.begin()
         self._active = _Layer()
@@ -116,14 +157,32 @@ class Keyspace:
     # Reading
 
     def get(self, db: int, key: bytes) -> Entry | None:
-        """What a key holds, or None. A key whose time has come is deleted on the way."""
+        """What a key holds, or None. A key whose time has come is deleted on the way.
+
+        Raises CorruptError for a large string whose record is damaged.
+        """
+        entry: Entry | None = self._maps[db].get(key, _MISSING)
+        if entry is _MISSING:
+            entry = self._fetch(db, key)
+        if entry is None:
+            return None
+        if entry[1] and entry[1] <= self._clock():
+            self._expire(db, key)
+            return None
+        if type(entry[2]) is StringRef:
+            # Read at once: what a later round frees is punched only after this thread has seen that round.
+            return entry._replace(value=self._read_string(entry[2]))
+        return entry
+
+    def exists(self, db: int, key: bytes) -> bool:
+        """Whether a key holds something. Reads no large string, so damaged ones can be listed and deleted."""
         entry: Entry | None = self._maps[db].get(key, _MISSING)
         if entry is _MISSING:
             entry = self._fetch(db, key)
         if entry is not None and entry[1] and entry[1] <= self._clock():
             self._expire(db, key)
-            return None
-        return entry
+            return False
+        return entry is not None
 
     def typed(self, db: int, key: bytes, kind: EntryType) -> Entry | None:
         """Like `get`; raises WrongTypeError when the key holds another type."""
@@ -131,10 +190,6 @@ class Keyspace:
         if entry is not None and entry.type is not kind:
             raise WrongTypeError
         return entry
-
-    def exists(self, db: int, key: bytes) -> bool:
-        """Whether a key holds something."""
-        return self.get(db, key) is not None
 
     def _fetch(self, db: int, key: bytes) -> Entry | None:
         """What the layers below the active one say."""
@@ -155,7 +210,10 @@ class Keyspace:
 
     def _keep_clean(self, db: int, key: bytes, entry: Entry | None) -> None:
         clean = self._clean[db]
-        if entry is not None and isinstance(entry.value, bytes) and len(entry.value) > _CLEAN_BYTES:
+        # A reference to a large string is never kept: it must be as new as the index.
+        if entry is not None and (
+            type(entry.value) is StringRef or (type(entry.value) is bytes and len(entry.value) > _CLEAN_BYTES)
+        ):
             clean.pop(key, None)
             return
         if len(clean) >= _CLEAN_ENTRIES:
@@ -202,7 +260,7 @@ class Keyspace:
 
     def delete(self, db: int, key: bytes) -> bool:
         """Delete a key; False if it held nothing."""
-        if self.get(db, key) is None:
+        if not self.exists(db, key):
             return False
         self._maps[db][key] = None
         return True
@@ -255,7 +313,7 @@ class Keyspace:
         if len(names) > count:
             # Keys with equal hashes go together, or the cursor could not tell them apart.
             stop = names[count - 1][0] + 1
-        keys = [key for number, key in names if number < stop and self.get(db, key) is not None]
+        keys = [key for number, key in names if number < stop and self.exists(db, key)]
         return (stop if stop < _HASHES else 0), keys
 
     def _stored_names(self, db: int, cursor: int, count: int) -> list[tuple[int, bytes]]:
@@ -413,7 +471,7 @@ class Keyspace:
         if self._active:
             self._committer.kick()
 
-    def freeze(self) -> ItemFunction[None] | None:
+    def freeze(self) -> Frozen | None:
         """Hand the active layer over to a round (committer.Overlay)."""
         if not self._active:
             return None
@@ -421,7 +479,7 @@ class Keyspace:
         self.round += 1
         self._active = _Layer()
         self._maps = self._active.maps
-        return lambda txn, work: _apply(txn, work, layer)
+        return layer
 
     def thawed(self, error: KvdbError | None) -> None:
         """The frozen layer is in the index, or (error) goes back under the active one (committer.Overlay)."""
@@ -464,25 +522,6 @@ class Keyspace:
     def close(self) -> None:
         """End the read transaction."""
         self._reader.raw.abort()
-
-
-def _apply(txn: Txn, work: Work, layer: _Layer) -> None:
-    """A layer's changes, in the commit thread. The layer is not changed while it is frozen."""
-    for db in layer.cleared:
-        clear_database(txn, work, db)
-    for db, entries in enumerate(layer.maps):
-        for key, entry in entries.items():
-            write_entry(txn, work, db, key, entry)
-    for uid, changes in layer.journal.items():
-        if txn.get(Table.SESSIONS, uid) is None:
-            continue  # the session came and went between two commits: no key names its journal
-        for change in changes:
-            if change.drop:
-                drop_journal(txn, uid, change.position)
-            elif change.ids is None:
-                cut_journal(txn, uid, change.position)
-            else:
-                write_journal(txn, uid, change.position, bytes(change.ids))
 
 
 __all__ = ["Entry", "Keyspace", "SessionValue", "SnapshotValue", "Type"]

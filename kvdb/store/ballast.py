@@ -1,8 +1,8 @@
 """Ballast: a few allocated megabytes that are given up when the disk is full.
 
 Deleting needs space too: the index is copy-on-write. On a full disk nothing could be deleted any more. So a file of
-up to BALLAST_BYTES is kept; when a commit meets a full disk it is emptied, and the commit of what is pending, deletions above
-all, is tried once more. New writes stay refused until the ballast could be allocated again.
+up to BALLAST_BYTES is kept; when a commit meets a full disk it is emptied, and the commit of what is pending,
+deletions above all, is tried once more. New writes stay refused until the ballast could be allocated again.
 """
 
 from __future__ import annotations

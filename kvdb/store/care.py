@@ -11,7 +11,7 @@ from pathlib import Path
 from kvdb.errors import CorruptError
 from kvdb.store.backup import BackupReport, back_up
 from kvdb.store.committer import Committer
-from kvdb.store.compact import batches, commit_moves, copy_records, sparse_segments
+from kvdb.store.compact import batches, commit_moves, copy_records, holds_strings, sparse_segments
 from kvdb.store.errors import as_kvdb_error
 from kvdb.store.files import Files
 from kvdb.store.holds import Holds
@@ -71,7 +71,8 @@ class Care:
         """
         async with self._compacting:
             with self._index.read() as txn:
-                chosen = sparse_segments(txn.segments().items(), self._segments.busy())
+                sparse = sparse_segments(txn.segments().items(), self._segments.busy())
+                chosen = [segment_id for segment_id in sparse if not holds_strings(txn, segment_id)]
             moved = emptied = 0
             for segment_id in chosen:
                 self._segments.submitted(segment_id)  # its file stays while someone may read the old places

@@ -2,7 +2,8 @@
 
 One round is in flight at a time. It takes the keyspace overlay and every item submitted so far, and does
 
-    1. datasync of the segments that items wrote to     a failure fails the items of that segment
+    1. large strings become records; datasync of the
+       segments that items wrote to                     a failure fails the items of that segment
     2. one transaction that runs every item             an item that raises is undone alone (child transaction)
     3. commit, synced                                    a failure fails every item; the overlay stays in memory.
                                                          On a full disk: once more with the ballast's space, and
@@ -29,6 +30,8 @@ from kvdb.store.files import Files
 from kvdb.store.holds import Holds, sweep
 from kvdb.store.index import Index, Txn
 from kvdb.store.segments import Segments
+from kvdb.store.strings import WRITER as STRINGS
+from kvdb.store.strings import LargeString, Refs, write_strings
 from kvdb.store.work import Extent, Work, settle
 
 DISK_FULL = "the disk is full: free space or delete keys, then retry"
@@ -39,11 +42,22 @@ T = TypeVar("T")
 ItemFunction = Callable[[Txn, Work], T]
 
 
+class Frozen(Protocol):
+    """Changes of the keyspace that go into one round."""
+
+    @property
+    def large(self) -> Sequence[LargeString]:
+        """Strings that become records."""
+
+    def apply(self, txn: Txn, work: Work, refs: Refs) -> None:
+        """Make the changes; refs: where the large strings were written."""
+
+
 class Overlay(Protocol):
     """What the keyspace gives to a round and is told about it."""
 
-    def freeze(self) -> ItemFunction[None] | None:
-        """Hand over all changes so far as one item, or None if there are none."""
+    def freeze(self) -> Frozen | None:
+        """Hand over all changes so far, or None if there are none."""
 
     def thawed(self, error: KvdbError | None) -> None:
         """The round that took the frozen changes is over: they are committed, or (error) to be tried again."""
@@ -63,7 +77,7 @@ class _Item(Generic[T]):
 @dataclass(slots=True)
 class _Round:
     items: list[_Item[object]]
-    overlay: ItemFunction[None] | None
+    overlay: Frozen | None
     busy: frozenset[int]
     retired: frozenset[int]
     work: Work = field(default_factory=Work)
@@ -214,10 +228,16 @@ class Committer:
 
     def _commit(self, this: _Round) -> None:
         this.work = Work()
+        refs: Refs = {}
+        written, end = None, 0
+        if this.overlay is not None and (large := this.overlay.large):
+            refs, written, end = write_strings(self._segments, self._files, large)
         txn = self._index.begin_write()
         try:
             if this.overlay is not None:
-                this.overlay(txn, this.work)
+                this.overlay.apply(txn, this.work, refs)
+                if written is not None:
+                    this.work.commit_up_to(written.segment_id, end, written.created_ms)
             for item in this.items:
                 if item.error is None and item.function is not _nothing:
                     self._run_item(txn, this.work, item)
@@ -231,6 +251,8 @@ class Committer:
             this.work = Work()
             self._holds.end_round()
             raise
+        if written is not None:
+            self._segments.advance(STRINGS, written, end)
 
     def _sync(self, items: Sequence[_Item[object]]) -> None:
         by_segment: dict[int, list[_Item[object]]] = {}

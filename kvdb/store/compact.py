@@ -61,6 +61,12 @@ def batches(txn: Txn, folder: Path, segment_id: int) -> list[list[RecordPlace]]:
     return found
 
 
+def holds_strings(txn: Txn, segment_id: int) -> bool:
+    """Whether large strings lie in a segment. Those are left where they are: they are punched one by one."""
+    rows = txn.scan(Table.PLACES, prefix=place_key(segment_id, 0)[:8])
+    return any(PlaceRow.decode(value).type == RecordType.STRING for _, value in rows)
+
+
 def _place(txn: Txn, folder: Path, row: PlaceRow) -> RecordPlace | None:
     if row.type == RecordType.PAGE:
         page = txn.page(row.id)

@@ -4,7 +4,7 @@
                32-byte blake3 hash, since LMDB keys are at most 511 bytes. The hash comes first so that SCAN's cursor
                can be a plain integer that stays valid whatever happens to other keys.
     entry      msgpack [type, expiry in Unix ms or 0, value]; a cut key follows as a fourth item
-    string     bytes
+    string     bytes; one of 64 KiB or more is a record: [segment, offset, bytes, first 16 bytes of its id]
     snapshot   [id, [field, value, ...], pinned, created ms]
     hash       map of field to value, in order of first setting
     zset       map of member to score (float64)
@@ -72,7 +72,19 @@ class SessionValue:
     lineage: bytes | None = None
 
 
-Value = bytes | SnapshotValue | SessionValue | Fields | Members
+class StringRef(NamedTuple):
+    """Where a large string lies: a record of its own. id16: first 16 bytes of the blake3 hash of its bytes."""
+
+    segment: int
+    offset: int
+    n_bytes: int
+    id16: bytes
+
+
+# A string of this size is worth a record: LMDB needs a run of free pages for it and never shrinks; segments do.
+LARGE_STRING_BYTES = 64 << 10
+
+Value = bytes | SnapshotValue | SessionValue | Fields | Members | StringRef
 
 
 class Entry(NamedTuple):
@@ -127,7 +139,8 @@ def decode_entry(data: bytes) -> Entry:
     """Inverse of encode_entry."""
     row = msgpack.unpackb(data)
     if row[0] == 1:  # the fast path: no enum look-up
-        return Entry(_STRING, row[1], row[2])
+        value = row[2]
+        return Entry(_STRING, row[1], value if type(value) is bytes else StringRef._make(value))
     kind, expire_ms, value = EntryType(row[0]), row[1], row[2]
     if kind is EntryType.SNAPSHOT:
         snapshot_id, flat, pinned, created_ms = value

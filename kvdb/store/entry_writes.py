@@ -15,15 +15,18 @@ from kvdb.errors import SnapshotGoneError
 from kvdb.store.entries import (
     Entry,
     SessionValue,
+    StringRef,
     decode_entry,
     decode_key,
     encode_entry,
     name_key,
     referenced_snapshot,
 )
-from kvdb.store.index import Table, Txn, from_u64, u16, u64
+from kvdb.store.index import Table, Txn, from_u64, place_key, u16, u64
+from kvdb.store.rows import PlaceRow, RecordType, pack
 from kvdb.store.snapshots import ref_snapshot, unref_snapshot
-from kvdb.store.work import Work
+from kvdb.store.work import Extent, Work
+from kvdb_protocol.record import record_bytes
 
 log = logging.getLogger("kvdb.store")
 
@@ -44,6 +47,7 @@ def write_entry(txn: Txn, work: Work, db: int, key: bytes, entry: Entry | None) 
         txn.delete(Table.KEYS, name)
     else:
         txn.put(Table.KEYS, name, encode_entry(key, entry))
+    _move_string(txn, work, name, old, entry)
     if (old is None) != (entry is None):
         work.count_key(db, 1 if old is None else -1)
     old_ms, new_ms = old.expire_ms if old else 0, entry.expire_ms if entry else 0
@@ -70,6 +74,21 @@ def rebase_session(txn: Txn, work: Work, uid: bytes, snapshot_id: bytes, n_token
         raise SnapshotGoneError("the session was deleted while it was stored")
     value = SessionValue(uid, entry.value.fingerprint, snapshot_id, n_tokens, snapshot_id)
     write_entry(txn, work, db, key, entry._replace(value=value))
+
+
+def _move_string(txn: Txn, work: Work, name: bytes, old: Entry | None, new: Entry | None) -> None:
+    """A large string's record lives and goes with its entry. PLACES names the entry by its name key."""
+    before = old.value if old is not None else None
+    after = new.value if new is not None else None
+    if before == after:
+        return
+    if isinstance(before, StringRef):
+        txn.delete(Table.PLACES, place_key(before.segment, before.offset))
+        work.free(Extent(before.segment, before.offset, record_bytes(before.n_bytes)))
+    if isinstance(after, StringRef):
+        row = PlaceRow(int(RecordType.STRING), name, after.n_bytes)
+        txn.put(Table.PLACES, place_key(after.segment, after.offset), pack(row))
+        work.add_live(after.segment, row.record_bytes)
 
 
 def _move_reference(

@@ -52,6 +52,9 @@ class Files(Protocol):
     def read_into(self, fd: int, buffer: Writable, offset: int) -> int:
         """Fill the buffer from `offset`; return the bytes read, fewer only at the end of the file."""
 
+    def read(self, fd: int, n_bytes: int, offset: int) -> bytes:
+        """Up to `n_bytes` from `offset` as a new object, fewer only at the end of the file."""
+
     def write(self, fd: int, data: Readable, offset: int) -> None:
         """Write all of `data` at `offset`."""
 
@@ -124,6 +127,13 @@ class OsFiles:
                 break
             done += n_bytes
         return done
+
+    def read(self, fd: int, n_bytes: int, offset: int) -> bytes:
+        """Up to `n_bytes` from `offset` as a new object, fewer only at the end of the file."""
+        data = os.pread(fd, n_bytes, offset)
+        while len(data) < n_bytes and (more := os.pread(fd, n_bytes - len(data), offset + len(data))):
+            data += more  # Linux reads at most 2 GiB at once
+        return data
 
     def write(self, fd: int, data: Readable, offset: int) -> None:
         """Write all of `data` at `offset`."""

@@ -16,6 +16,7 @@ from kvdb.store.verify import Contents, count_refs, derived_rows, key_rows, live
 from kvdb.store.work import size_name
 from kvdb_protocol.errors import FormatError
 from kvdb_protocol.ids import NO_PAGE
+from kvdb_protocol.record import record_bytes
 
 
 def repair(index: Index, damaged: Collection[bytes]) -> list[str]:
@@ -36,13 +37,14 @@ def _repair(txn: Txn, damaged: set[bytes]) -> list[str]:
     damaged |= {key for key, row in contents.snapshots.items() if row.model not in contents.models}
     damaged |= _outside(contents)
     lost = contents.hurt_by(damaged)
-    said = _drop_keys(txn, lost, contents)
+    said = _drop_keys(txn, lost | damaged, contents)
     for snapshot_id in sorted(lost):
         row = contents.snapshots.pop(snapshot_id)
         txn.delete(Table.SNAPSHOTS, snapshot_id)
         said.append(f"dropped snapshot {snapshot_id[:8].hex()} of {row.n_tokens} tokens")
     # The keys were dropped in this transaction: count again who names what.
-    contents.named_by = load(txn).named_by
+    left = load(txn)
+    contents.named_by, contents.strings = left.named_by, left.strings
     _rebuild(txn, contents, said)
     return said
 
@@ -58,6 +60,10 @@ def _outside(contents: Contents) -> set[bytes]:
         for rows in (contents.pages, contents.snapshots)
         for record_id, row in rows.items()
         if is_outside(row.segment, row.offset + row.record_bytes)
+    } | {
+        name
+        for name, (_, ref) in contents.strings.items()
+        if is_outside(ref.segment, ref.offset + record_bytes(ref.n_bytes))
     }
 
 
@@ -78,6 +84,8 @@ def _why_dropped(name: bytes, data: bytes, lost: Collection[bytes], contents: Co
         key = decode_key(name, data)
     except (FormatError, ValueError, TypeError, IndexError) as error:
         return f"dropped an entry of database {db} that cannot be decoded: {error}"
+    if name in lost:
+        return f"dropped key {key!r} of database {db}: its record is damaged"
     snapshot_id = referenced_snapshot(entry)
     if snapshot_id is not None and (snapshot_id in lost or snapshot_id not in contents.snapshots):
         return f"dropped key {key!r} of database {db}: its snapshot {snapshot_id[:8].hex()} is lost"

@@ -17,7 +17,8 @@ from kvdb_protocol.record import SEGMENT_HEADER_BYTES
 class StoreStats:
     """Figures of STORE STATS, in bytes unless named otherwise.
 
-    live_unique: records that one snapshot needs; live_shared: pages that several need. dead: committed bytes without
+    live_unique: records that one snapshot needs; live_shared: pages that several need; strings: records of large
+    strings. dead: committed bytes without
     a record. segments_disk: what the file system has allocated for segments (dead bytes that were punched are not).
     """
 
@@ -27,6 +28,7 @@ class StoreStats:
     segments: int
     live_unique: int
     live_shared: int
+    strings: int
     dead: int
     headers: int
     segments_disk: int
@@ -36,7 +38,7 @@ class StoreStats:
     @property
     def live(self) -> int:
         """Bytes of all live records."""
-        return self.live_unique + self.live_shared
+        return self.live_unique + self.live_shared + self.strings
 
 
 def shared_pages(txn: Txn) -> dict[bytes, int]:
@@ -74,6 +76,7 @@ def measure(index: Index, segments: Segments, files: Files) -> StoreStats:
         headers = SEGMENT_HEADER_BYTES * len(rows)
         committed = sum(row.committed for row in rows.values())
         live = sum(row.live for row in rows.values())
+        strings = live - unique - shared  # every other live record
         figures = (txn.count(Table.SNAPSHOTS), cached, len(reached), len(rows))
         journal = txn.table_bytes(Table.JOURNAL)
     disk = 0
@@ -88,4 +91,6 @@ def measure(index: Index, segments: Segments, files: Files) -> StoreStats:
             disk += files.disk_bytes(fd)
         finally:
             files.close(fd)
-    return StoreStats(*figures, unique, shared, committed - headers - live, headers, disk, index.file_bytes, journal)
+    return StoreStats(
+        *figures, unique, shared, strings, committed - headers - live, headers, disk, index.file_bytes, journal
+    )

@@ -49,6 +49,7 @@ from kvdb.store.rows import ModelRow, Reason, SnapshotRow, pack
 from kvdb.store.segments import Segments, live_extents
 from kvdb.store.snapshots import check_written, commit_snapshot, uncache_snapshot, usage
 from kvdb.store.stats import StoreStats, measure
+from kvdb.store.strings import read_string
 from kvdb.store.uses import Uses, write_uses
 from kvdb.store.verify import Finding, verify
 from kvdb.store.work import Extent, Work
@@ -82,7 +83,7 @@ class Store:
         self._committer = Committer(
             loop, index, files, self._segments, self._holds, self._ballast, lambda: self.keyspace.refresh()
         )
-        self.keyspace = Keyspace(index, self._committer)
+        self.keyspace = Keyspace(index, self._committer, partial(read_string, self._segments, files))
         self._committer.attach(self.keyspace)
         self._uses = Uses()
         self.budget = Budget(

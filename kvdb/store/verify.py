@@ -20,13 +20,23 @@ from pathlib import Path
 import msgpack
 
 from kvdb.errors import CorruptError, KvdbError
-from kvdb.store.entries import DATABASES, Entry, SessionValue, decode_entry, decode_key, name_db, referenced_snapshot
+from kvdb.store.entries import (
+    DATABASES,
+    Entry,
+    SessionValue,
+    StringRef,
+    decode_entry,
+    decode_key,
+    name_db,
+    referenced_snapshot,
+)
 from kvdb.store.entry_writes import names_key
 from kvdb.store.files import Files
 from kvdb.store.index import Index, Table, Txn, end_key, from_place_key, from_u64, place_key, u64
 from kvdb.store.read import Reader, RecordPlace, page_place, tail_place
 from kvdb.store.rows import ModelRow, PageRow, PlaceRow, RecordType, SegmentRow, SnapshotRow
 from kvdb.store.segments import segment_name
+from kvdb.store.strings import check_string, string_place
 from kvdb.store.work import size_name
 from kvdb_protocol.errors import FormatError
 from kvdb_protocol.ids import NO_PAGE, extend_prefix, root_prefix
@@ -40,7 +50,8 @@ Name = tuple[int, bytes]  # (database, key)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong. kind: record, segment or index. id: of the damaged page, snapshot, or empty.
+    """One thing that is wrong. kind: record, segment or index. id: of the damaged page or snapshot, name key of the
+    damaged large string, or empty.
 
     keys: (database, key) of the entries whose state can no longer be read because of it.
     """
@@ -60,6 +71,7 @@ class Contents:
     pages: dict[bytes, PageRow]
     snapshots: dict[bytes, SnapshotRow]
     named_by: dict[bytes, list[Name]] = field(default_factory=lambda: defaultdict(list))
+    strings: dict[bytes, tuple[Name, StringRef]] = field(default_factory=dict)  # large ones, by name key
 
     def keys_hurt_by(self, damaged: bytes) -> tuple[Name, ...]:
         """The keys whose snapshots need a page or are this snapshot."""
@@ -96,9 +108,12 @@ def load(txn: Txn) -> Contents:
     )
     for name, data in txn.scan(Table.KEYS):
         try:
-            snapshot_id = referenced_snapshot(decode_entry(data))
+            entry = decode_entry(data)
         except (FormatError, ValueError, TypeError):
             continue  # check_index reports it
+        snapshot_id = referenced_snapshot(entry)
+        if isinstance(entry.value, StringRef):
+            contents.strings[name] = ((name_db(name), decode_key(name, data)), entry.value)
         if snapshot_id is not None:
             contents.named_by[snapshot_id].append((name_db(name), decode_key(name, data)))
     return contents
@@ -171,17 +186,27 @@ def _check_records(
 ) -> Iterator[Finding]:
     places = [page_place(folder, page_id, row) for page_id, row in contents.pages.items()]
     places += [tail_place(folder, snapshot_id, row) for snapshot_id, row in contents.snapshots.items()]
+    owners: dict[RecordPlace, bytes] = {}
+    for name, (_, ref) in contents.strings.items():
+        places.append(string_place(folder, ref))
+        owners[places[-1]] = name
     places.sort(key=lambda place: (place.segment_id, place.offset))
     total, done, began = sum(place.record_bytes for place in places), 0, time.monotonic()
     with Reader(files) as reader:
         for place in places:
             try:
-                if deep:
-                    _check_record(reader, contents, place)
-                else:
+                if not deep:
                     reader.header(place)
+                elif place in owners:
+                    check_string(reader, place)
+                else:
+                    _check_record(reader, contents, place)
             except KvdbError as error:
-                if _still(index, partial(_is_there, place)):
+                if place in owners:
+                    name = owners[place]
+                    if _still(index, partial(_has_string, name, contents.strings[name][1])):
+                        yield Finding("record", str(error), name, (contents.strings[name][0],))
+                elif _still(index, partial(_is_there, place)):
                     yield Finding("record", str(error), place.id, contents.keys_hurt_by(place.id))
             done += place.record_bytes
             if progress is not None:
@@ -192,6 +217,11 @@ def _check_records(
 
 def _has_segment(segment_id: int, txn: Txn) -> bool:
     return txn.segment(segment_id) is not None
+
+
+def _has_string(name: bytes, ref: StringRef, txn: Txn) -> bool:
+    data = txn.get(Table.KEYS, name)
+    return data is not None and decode_entry(data).value == ref
 
 
 def _is_there(place: RecordPlace, txn: Txn) -> bool:
@@ -307,6 +337,8 @@ def derived_rows(contents: Contents) -> dict[Table, dict[bytes, bytes]]:
             children[snapshot.parent + snapshot_id] = b""
         row_bytes = msgpack.packb([int(RecordType.TAIL), snapshot_id, snapshot.payload_bytes])
         places[place_key(snapshot.segment, snapshot.offset)] = row_bytes
+    for name, (_, ref) in contents.strings.items():
+        places[place_key(ref.segment, ref.offset)] = msgpack.packb([int(RecordType.STRING), name, ref.n_bytes])
     return {Table.PREFIXES: prefixes, Table.ENDS: ends, Table.CHILDREN: children, Table.PLACES: places}
 
 

@@ -55,6 +55,10 @@ class FailingFiles(OsFiles):
         self._called("read")
         return super().read_into(fd, buffer, offset)
 
+    def read(self, fd: int, n_bytes: int, offset: int) -> bytes:
+        self._called("read")
+        return super().read(fd, n_bytes, offset)
+
     def write(self, fd: int, data: Readable, offset: int) -> None:
         try:
             self._called("write")

@@ -120,11 +120,12 @@ class StoreMachine(RuleBasedStateMachine):
                 self.pinned.discard(key)
                 self.pinned.add(new)
 
-    @rule(key=keys)
-    def set_string(self, key: bytes) -> None:
-        self.store.keyspace.put(0, key, string(b"text of " + key))
+    @rule(key=keys, times=st.sampled_from([1, 10_000]))
+    def set_string(self, key: bytes, times: int) -> None:
+        value = (b"text of " + key) * times  # the longer one is a record of its own
+        self.store.keyspace.put(0, key, string(value))
         self.forget(key)
-        self.model[key] = ("string", b"text of " + key)
+        self.model[key] = ("string", value)
 
     @rule(key=keys)
     def delete(self, key: bytes) -> None:

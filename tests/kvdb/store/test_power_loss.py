@@ -30,7 +30,7 @@ async def client(store: Store, files: LoggingFiles, number: int, rng: random.Ran
     keys = [key for key in KEYS if int(key[1:]) % 3 == number]
     for step in range(14):
         key = rng.choice(keys)
-        action = rng.choice(("snapshot", "snapshot", "fork", "string", "delete", "expire", "gc"))
+        action = rng.choice(("snapshot", "snapshot", "fork", "string", "delete", "expire", "gc", "compact"))
         if action == "snapshot":
             ids = tokens(rng.randrange(1, 3 * PAGE), seed=rng.randrange(3))
             files.note(("asked", key, pack_ids(ids)))
@@ -50,11 +50,12 @@ async def client(store: Store, files: LoggingFiles, number: int, rng: random.Ran
             store.keyspace.put(0, key, other)
             await store.keyspace.flush()
         elif action == "string":
-            files.note(("asked", key, b"value %d" % step))
-            store.keyspace.put(0, key, string(b"value %d" % step))
+            value = b"value %d" % step * rng.choice((1, 9000))  # the larger one is a record of its own
+            files.note(("asked", key, value))
+            store.keyspace.put(0, key, string(value))
             await store.keyspace.flush()
-        elif action == "gc":
-            await store.gc()
+        elif action in ("gc", "compact"):
+            await (store.gc() if action == "gc" else store.compact())
             continue
         else:
             files.note(("asked", key, None))

@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from kvdb.containers import Fields, Members
-from kvdb.store.entries import Entry, SessionValue, SnapshotValue, decode_entry, decode_key, name_db
+from kvdb.store.entries import Entry, SessionValue, SnapshotValue, StringRef, decode_entry, decode_key, name_db
 from kvdb.store.index import Table, Txn
 from kvdb.store.snapshots import usage
+from kvdb_protocol.record import record_bytes
 from kvdb_tools.dump.source import DIRECTORY, Json, json_option, opened, print_json, print_table, size, text, when
 
 
@@ -63,6 +64,9 @@ def _row(txn: Txn, db: int, key: bytes, entry: Entry) -> Json:
         row["note"] = f"on {value.base[:6].hex()}" if value.base else "without a snapshot"
     elif isinstance(value, Fields | Members):
         row["note"] = f"{len(value)} items"
+    elif isinstance(value, StringRef):
+        row["own"] = record_bytes(value.n_bytes)
+        row["note"] = f"{value.n_bytes} bytes in a segment"
     else:
         row["own"] = len(value)
     return row

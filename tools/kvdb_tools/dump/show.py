@@ -8,12 +8,13 @@ import click
 
 from kvdb.containers import Fields, Members
 from kvdb.errors import KvdbError
-from kvdb.store.entries import Entry, SessionValue, SnapshotValue, decode_entry, name_key
+from kvdb.store.entries import Entry, SessionValue, SnapshotValue, StringRef, decode_entry, name_key
 from kvdb.store.files import OsFiles
 from kvdb.store.index import Table, Txn
 from kvdb.store.read import Reader, plan
 from kvdb.store.rows import Reason
 from kvdb.store.snapshots import usage
+from kvdb.store.strings import string_place
 from kvdb_protocol.record import RecordType
 from kvdb_tools.dump.source import (
     DIRECTORY,
@@ -46,7 +47,7 @@ def show(directory: Path, key: str, db: int, as_json: bool) -> None:
             raise KvdbError(f"there is no key {key!r} in database {db} of {directory}")
         entry = decode_entry(data)
         facts: Json = {"key": key, "db": db, "type": entry.type.name.lower(), "expire_ms": entry.expire_ms}
-        facts |= _entry(txn, entry)
+        facts |= _entry(txn, directory / "segments", entry)
         snapshot_id = _snapshot_of(entry)
         state = _state(txn, directory / "segments", snapshot_id) if snapshot_id else {}
     if as_json:
@@ -65,7 +66,7 @@ def _snapshot_of(entry: Entry) -> bytes | None:
     return entry.value.base if isinstance(entry.value, SessionValue) else None
 
 
-def _entry(txn: Txn, entry: Entry) -> Json:
+def _entry(txn: Txn, folder: Path, entry: Entry) -> Json:
     value = entry.value
     if isinstance(value, SnapshotValue):
         meta = {text(name): text(field) for name, field in value.meta.items()}
@@ -85,6 +86,11 @@ def _entry(txn: Txn, entry: Entry) -> Json:
         return {"fields": {text(name): text(field) for name, field in value.items()}}
     if isinstance(value, Members):
         return {"members": {text(member): score for member, score in value.scores.items()}}
+    if isinstance(value, StringRef):
+        place = string_place(folder, value)
+        with Reader(OsFiles()) as reader:
+            shown = excerpt(bytes(reader.payload(place)), 400)
+        return {"bytes": value.n_bytes, "value": shown, "segment": place.path.name, "offset": value.offset}
     return {"bytes": len(value), "value": excerpt(value, 400)}
 
 
