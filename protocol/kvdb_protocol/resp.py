@@ -244,14 +244,22 @@ class RequestParser:
 def _parse_batch(data: bytes) -> tuple[list[Request], bytes]:
     """Parse the well-formed requests at the start of `data` in C. Returns them and the bytes behind them."""
     requests: list[Request] = []
-    if data[:1] != b"*" or len(data) > _FAST_CHUNK_BYTES or _HUGE_COUNT.search(data):
+    if data[:1] != b"*" or len(data) > _FAST_CHUNK_BYTES:
+        return requests, data
+    # With one star only the first count can be huge; a search through all of it costs a third of a small request.
+    has_small_counts = data.find(b"\r", 1, 7) > 0 if data.rfind(b"*") == 0 else not _HUGE_COUNT.search(data)
+    if not has_small_counts:
         return requests, data
     shared = _shared
     shared.feed(data)
     gets = shared.gets
     try:
-        while (request := gets()) is not _INCOMPLETE:
+        if (request := gets()) is not _INCOMPLETE:
+            if request and _pack(tuple(request)) == data:
+                return [request], b""
             requests.append(request)
+            while (request := gets()) is not _INCOMPLETE:
+                requests.append(request)
         if len(requests) > 1 and (rest := _rest_behind(requests, data)) is not None:
             if rest:
                 shared.reset()
