@@ -34,6 +34,6 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axis.set_xticks([group + 0.4 - width / 2 for group in range(len(bars.groups))], bars.groups)
         axis.set_ylabel(bars.unit)
         axis.set_title(result.title)
-        axis.legend()
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, not over them
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
