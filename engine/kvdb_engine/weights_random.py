@@ -68,6 +68,11 @@ class RandomCodes:
         """See weights.Tensor."""
         return self.affine().dense()
 
+    def matrix(self, index: int) -> F32:
+        """See weights.Tensor."""
+        values: F32 = self.dense()[index]
+        return values
+
     def affine(self) -> AffineCodes:
         """See weights.Tensor."""
         words = (*self.shape[:-1], self.shape[-1] * self.bits // 32)
@@ -118,6 +123,11 @@ class RandomValues:
             values = (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
         return np.ascontiguousarray(values.reshape(self.shape), np.float32)
 
+    def matrix(self, index: int) -> F32:
+        """See weights.Tensor."""
+        values: F32 = self.dense()[index]
+        return values
+
     def affine(self) -> None:
         """See weights.Tensor."""
 
@@ -142,6 +152,9 @@ class RandomSource:
     def __init__(self, config: ModelConfig) -> None:
         self.where = "random weights"
         self._config = config
+
+    def release(self) -> None:
+        """See weights.TensorSource; there are no files."""
 
     def find(self, name: str) -> Tensor | None:
         """See weights.TensorSource."""
@@ -235,7 +248,13 @@ class _Table:
     def dense(self) -> F32:
         first = _hashed(np.arange(self.shape[0], dtype=np.uint32), self.seed)[:, None] % np.uint32(self.n_experts)
         ids = (first + np.arange(self.shape[1], dtype=np.uint32)) % np.uint32(self.n_experts)
-        return ids.astype(np.float32)
+        values: F32 = ids.astype(np.float32)
+        return values
+
+    def matrix(self, index: int) -> F32:
+        """See weights.Tensor."""
+        values: F32 = self.dense()[index]
+        return values
 
     def affine(self) -> None:
         """See weights.Tensor."""

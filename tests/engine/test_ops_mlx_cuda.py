@@ -1,3 +1,4 @@
+# ruff: noqa: E402 - the module is skipped before it imports what needs a compiler
 """The CUDA kernels against the op-level forms they replace: on a GPU if there is one, else emulated."""
 
 from __future__ import annotations
@@ -5,7 +6,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,6 +205,14 @@ def test_selection(fused: MlxOps, plain: MlxOps) -> None:
             assert np.array_equal(found, wanted), (n, count, levels)
 
 
+def test_index_scores(fused: MlxOps) -> None:
+    for heads, dim, n in ((3, 64, 5), (2, 128, 130), (4, 36, 64)):
+        queries, share, rows = f32(1, heads, dim), f32(1, heads), f32(n, dim)
+        wanted = share @ mx.maximum(queries[0] @ rows.T, 0.0)
+        assert gap(fused.fused_scores(queries, share, rows), wanted) < 1e-3
+    assert fused.fused_scores(f32(2, 3, 64), f32(2, 3), f32(5, 64)) is None
+
+
 @pytest.mark.parametrize("case", ["bias", "no bias", "given"])
 def test_routing(fused: MlxOps, plain: MlxOps, case: str) -> None:
     logits = mx.array((RNG.integers(-30, 30, (5, 72)) / 8).astype(np.float32))  # many ties
@@ -333,6 +341,21 @@ def test_engine_with_all_kernels(
     assert fingerprint_of(engine, live) == fingerprint_of(engine, restored) == fingerprint_of(engine, fork)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="an emulated kernel cannot be part of a compiled graph")
+def test_compiled_steps_give_the_same_bits(fused: MlxOps, engines: tuple[Engine, Engine]) -> None:
+    _, engine = engines
+    ids = np.random.default_rng(3).integers(0, SMALL.vocab, 30).astype(np.uint32)
+    found = []
+    for compiles in (True, False):
+        fused.compiles = compiles
+        state = State(fused, engine.info.layout, empty_layers(fused, SMALL), np.zeros(0, np.uint32), None)
+        for token in ids:
+            engine.step(state, int(token))
+            found.append(state.logits.tobytes())
+    fused.compiles = True
+    assert found[:30] == found[30:]
+
+
 def test_random_weights_are_the_same_everywhere(plain: MlxOps) -> None:
     source = random_model(SMALL).open_weights()
     for name in ("layers.1.attn.wq_a", "layers.1.attn.compressor.wkv", "layers.0.ffn.gate", "norm"):
@@ -350,7 +373,7 @@ def test_a_source_that_does_not_compile_says_why() -> None:
     from kvdb_engine.errors import ModelError
     from kvdb_engine.ops_mlx_cuda import compile_source
 
-    with pytest.raises(ModelError, match="libnvrtc is missing|do not compile"):
+    with pytest.raises(ModelError, match=r"libnvrtc is missing|do not compile"):
         compile_source(b"this is no CUDA", "sm_90")
 
 
