@@ -40,9 +40,8 @@ def echo(client: Client, args: list[bytes]) -> Reply:
 @handler("QUIT")
 def quit_(client: Client, args: list[bytes]) -> Reply:
     """OK, then the connection is closed."""
-    client.add_reply(OK.data)
-    client.close()
-    return Encoded(b"")
+    client.close_after_reply()
+    return OK
 
 
 @handler("RESET")

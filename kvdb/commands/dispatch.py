@@ -30,7 +30,7 @@ def prepare(client: Client, request: Request) -> tuple[Bound | None, bytes]:
     if request[0].upper() in _HTTP_WORDS:
         # A web page can make a browser send this to a local port: the lines behind it would be run as commands.
         log.warning("client %s speaks HTTP: possibly a cross-protocol attack; closed", client.peer)
-        client.close()
+        client.close_after_reply()
         return None, b""
     try:
         bound = find(client.server.commands, request)

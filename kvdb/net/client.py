@@ -65,6 +65,7 @@ class Client(asyncio.Protocol):
         self._read_paused = False
         self._held = False  # CLIENT PAUSE holds the next request
         self._closing = False
+        self._close_wanted = False
         self._stopped = False
 
     def set_defaults(self) -> None:
@@ -248,7 +249,7 @@ class Client(asyncio.Protocol):
 
     def _update_stop(self) -> None:
         """No request may be started while one is a task, replies wait to be read, or the connection closes."""
-        self._stopped = self.task is not None or self._write_paused or self._closing
+        self._stopped = self.task is not None or self._write_paused or self._closing or self._close_wanted
 
     def go_on(self) -> None:
         """Try again after CLIENT PAUSE."""
@@ -262,6 +263,8 @@ class Client(asyncio.Protocol):
             self._next = 0
         if self._out:
             self.flush()
+        if self._close_wanted and self.task is None:
+            self.close()
         if self._waiting or self.task is not None or self._write_paused or self.transport is None:
             return
         if self.parser.error is not None and not self._closing:
@@ -301,13 +304,13 @@ class Client(asyncio.Protocol):
         self._task_done()
 
     async def _make_durable(self) -> None:
-        writes, self._pending_writes = self._pending_writes, []
         try:
             await self.server.keyspace.flush()
         except Exception as error:
-            for place in writes:
+            for place in self._pending_writes:
                 if not self._out[place].startswith(b"-"):
                     self._out[place] = dispatch.error_reply(self, None, error)
+        self._pending_writes = []
 
     def _mute_last(self) -> None:
         """CLIENT REPLY OFF and SKIP: drop the reply just made."""
@@ -382,16 +385,21 @@ class Client(asyncio.Protocol):
         return self.task is not None
 
     def close(self) -> None:
-        """Close after what is gathered has been sent."""
+        """Close after what is gathered has been sent. Replies to writes that are not durable are never sent."""
         if self._closing or self.transport is None:
+            return
+        if self._pending_writes:
+            self.abort()
             return
         self._closing = self._stopped = True
         self.send_now()
         self.transport.close()
 
     def close_after_reply(self) -> None:
-        """Close once the reply to the command that runs now has been sent."""
-        self.server.loop.call_soon(self.close)
+        """Close once what has been run is answered, and durable where it must be; nothing further is run."""
+        self._close_wanted = self._stopped = True
+        if not self._running and self.task is None:
+            self.close()
 
     def abort(self) -> None:
         """Close now; what waits is dropped."""

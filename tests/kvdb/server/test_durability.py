@@ -35,6 +35,17 @@ def test_always_survives_kill(start: StartDaemon) -> None:
             assert wire("GET", key) == ("$", value)
 
 
+def test_quit_waits_for_durability(start: StartDaemon) -> None:
+    daemon = start(appendfsync="always")
+    for n in range(20):
+        wire = daemon.wire()
+        wire.raw(request("SET", f"k{n}", n) + request("QUIT") + request("SET", f"late{n}", n))
+        assert wire.rest() == b"+OK\r\n+OK\r\n"
+    daemon.stop(signal.SIGKILL)
+    wire = start(daemon.folder).wire()
+    assert wire("DBSIZE") == (":", b"20")
+
+
 def write_until_gone(daemon: Daemon, number: int, acknowledged: dict[bytes, bytes]) -> None:
     wire = daemon.wire()
     at = 0
