@@ -16,6 +16,7 @@ PROMPT_TOKENS = 1_000_000
 SNAPSHOTS = 10_000
 FULL_SNAPSHOTS = 100_000
 BRANCHES = 64
+STEPS = 25
 REPEATS = 7
 
 
@@ -53,15 +54,22 @@ def run(settings: Settings) -> Result:
 
 
 def _branches(settings: Settings, call: Caller, n_snapshots: int) -> None:
-    """Many snapshots: each goes on from a snapshot of the trunk with tokens of its own."""
+    """Many snapshots: sessions that go on from snapshots of the trunk, stored side by side so that they share syncs."""
     began = time.perf_counter()
-    for number in range(n_snapshots - BRANCHES - 1):
-        if number % 100 == 0:
-            call("RESTORE", f"trunk:{number // 100 % BRANCHES}", "branch", "REPLACE")
-        call("EXTEND", "branch", "TOKENS", 2, number % VOCAB, number // VOCAB)
-        call("SNAPSHOT", "branch", f"branch:{number}")
-        if number % 1000 == 999:
-            settings.say(f"{number + 1:,} snapshots, {time.perf_counter() - began:.0f} s")
+    n_left = n_snapshots - BRANCHES - 1
+    for number in range(0, n_left, BRANCHES):
+        keys = range(number, min(number + BRANCHES, n_left))
+        for key in keys:
+            branch = key % BRANCHES
+            if number // BRANCHES % STEPS == 0:
+                call("RESTORE", f"trunk:{branch}", f"branch:{branch}", "REPLACE")
+            # A first token that tells this visit to the trunk's snapshot from the others.
+            call("EXTEND", f"branch:{branch}", "TOKENS", 2, number // BRANCHES // STEPS % VOCAB, key % VOCAB)
+            call("SNAPSHOT", f"branch:{branch}", f"stored:{key}", "ASYNC")
+        for key in keys:
+            call("WAITSNAP", f"stored:{key}")
+        if number // BRANCHES % 50 == 49:
+            settings.say(f"{number:,} snapshots, {time.perf_counter() - began:.0f} s")
 
 
 def _look_up(call: Caller, words: list[bytes]) -> list[Cell]:
