@@ -193,7 +193,7 @@ class EngineClient:
         if request is None:
             return
         if message["ev"] == "done":
-            self.resident_bytes = message["bytes"]
+            self.resident_bytes, self.stats = message["bytes"], message["stats"]
             del self._requests[message["id"]]
             if not request.future.done():
                 request.future.set_result(message)

@@ -16,7 +16,7 @@ Requests (op: fields -> fields of `done`)
                                                      -> snapshot, leaf, end, tokens, pages, written
     logits: sid                                                               -> logits (f32 bytes)
     close: sid     status: -     cancel: target
-Every `done` carries `bytes`, the memory of all live states, and `ms`.
+Every `done` carries `bytes`, the memory of all live states, `ms`, and `stats`, what the engine has done so far.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Worker:
         """Send the last event of a request."""
         total = sum(live.state.nbytes for live in self.sessions.values())
         ms = (time.perf_counter() - began) * 1e3
-        self.send({"id": request, "ev": "done", "bytes": total, "ms": ms, **fields})
+        self.send({"id": request, "ev": "done", "bytes": total, "ms": ms, "stats": self.engine.stats(), **fields})
 
     def cancel(self, target: int) -> None:
         """Close a queued or running request at the border where it stands."""

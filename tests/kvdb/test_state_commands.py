@@ -335,3 +335,11 @@ def test_ids_as_bytes_are_the_same_prompt(call: Caller) -> None:
         call("PREFIX", "IDS", data[:7])
     with pytest.raises(CommandError, match="out of range"):
         call("PREFIX", "IDS", b"\xff\xff\xff\xff")
+
+
+def test_engine_status_counts_the_work(call: Caller) -> None:
+    prefill(call, "a", PROMPT[:10])
+    before = call.map("ENGINE", "STATUS")["backend"]
+    call("GENERATE", "a", "MAXTOKENS", 3)
+    after = call.map("ENGINE", "STATUS")["backend"]
+    assert after["decode_tokens"] == before["decode_tokens"] + 3  # type: ignore[index]
