@@ -50,9 +50,16 @@ def test_redis_cli(port: int) -> None:
     assert "all right" in run("sh", "smoke_redis_cli.sh", str(port))
 
 
-@pytest.mark.parametrize(("package", "program"), [("ioredis", "smoke_ioredis.mjs"), ("redis", "smoke_node_redis.mjs")])
+NODE = [
+    ("ioredis", "smoke_ioredis.mjs"),
+    ("redis", "smoke_node_redis.mjs"),
+    ("@valkey/valkey-glide", "smoke_valkey_glide.mjs"),
+]
+
+
+@pytest.mark.parametrize(("package", "program"), NODE)
 def test_node(port: int, package: str, program: str) -> None:
-    """Needs `npm install ioredis redis` in tests/clients."""
+    """Needs `npm install` in tests/clients."""
     if shutil.which("node") is None or not (HERE / "node_modules" / package).is_dir():
         pytest.skip(f"node or the npm package {package} is not installed")
     assert "all right" in run("node", program, str(port))
