@@ -60,68 +60,129 @@ class Positions:
     row_tables: dict[tuple[int, int, int], tuple[Array, Array]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """What attention needs of a chunk's T tokens; every shape follows from T and the weights.
+
+    queries: (T, heads, head_dim), turned and scaled. kv: (T, head_dim), plain. columns: the compressor's kv and gate
+    projections, then the indexer's. asked: what the indexer is asked, if it is.
+    """
+
+    queries: Array
+    kv: Array
+    columns: tuple[Array, ...] = ()
+    asked: IndexQueries | None = None
+
+
 def attend(
     ops: Ops, config: ModelConfig, weights: AttentionWeights, ratio: int, state: LayerState, x: Array, at: Positions
 ) -> tuple[Array, LayerState]:
     """One layer's attention over T new tokens. x: (T, hidden), normalised. Returns (T, hidden) and the new state."""
-    n_tokens = x.shape[0]
-    eps = config.norm_eps
+    projected = project(ops, config, weights, ratio, x, at.table, asks(config, ratio, at.first + x.shape[0]))
+    mixed, after = mix(ops, config, weights, ratio, state, projected, at)
+    return give(ops, config, weights, mixed), after
+
+
+def asks(config: ModelConfig, ratio: int, n_tokens: int) -> bool:
+    """Whether a layer's indexer has to choose: once there are more rows than it may pick."""
+    return ratio == 4 and n_tokens // ratio > config.index_topk
+
+
+def project(
+    ops: Ops,
+    config: ModelConfig,
+    weights: AttentionWeights,
+    ratio: int,
+    x: Array,
+    table: tuple[Array, Array],
+    asks: bool,
+) -> Projected:
+    """Everything that depends on the new tokens alone."""
+    n_tokens, eps = x.shape[0], config.norm_eps
     latent, kv = linears(ops, (weights.q_a, weights.kv), x)
     latent = ops.norm(latent, weights.q_norm, eps)
     plain = ops.linear(weights.q_b, latent).reshape(n_tokens, config.n_heads, config.head_dim)
-    queries = ops.fused_rows(plain, at.table, norm=True, eps=eps, scale=config.head_dim**-0.5)
+    queries = ops.fused_rows(plain, table, norm=True, eps=eps, scale=config.head_dim**-0.5)
     if queries is None:
-        queries = ops.rotate(ops.norm(plain, None, eps), at.table) * config.head_dim**-0.5
+        queries = ops.rotate(ops.norm(plain, None, eps), table) * config.head_dim**-0.5
+    if not ratio:
+        return Projected(queries, kv)
+    own, indexer = _present(weights.compressor), weights.indexer
+    projections = [own.kv, own.gate]
+    if indexer is not None:
+        projections += [indexer.compressor.kv, indexer.compressor.gate]
+    if indexer is None or not asks:
+        return Projected(queries, kv, linears(ops, projections, x))
+    *columns, share = linears(ops, [*projections, indexer.share], x)
+    asked = index_queries(
+        ops,
+        indexer,
+        x,
+        latent,
+        table,
+        heads=config.index_heads,
+        dim=config.index_dim,
+        rounded=config.kv_rounding,
+        share=share,
+    )
+    return Projected(queries, kv, tuple(columns), asked)
+
+
+def give(ops: Ops, config: ModelConfig, weights: AttentionWeights, mixed: Array) -> Array:
+    """The output projection. mixed: (T, heads, head_dim), turned back. Returns (T, hidden)."""
+    n_tokens = mixed.shape[0]
+    grouped = mixed.reshape(n_tokens, config.o_groups, -1)
+    low = ops.grouped_linear(weights.o_a, grouped).reshape(n_tokens, -1)
+    return ops.linear(weights.o_b, low)
+
+
+def mix(
+    ops: Ops,
+    config: ModelConfig,
+    weights: AttentionWeights,
+    ratio: int,
+    state: LayerState,
+    new: Projected,
+    at: Positions,
+) -> tuple[Array, LayerState]:
+    """Take the new tokens into the state and let them attend: (T, heads, head_dim), turned back, and the state."""
+    n_tokens, eps = new.kv.shape[0], config.norm_eps
     keys = ops.fused_rows(
-        kv, at.table, older=state.window, norm=True, weight=weights.kv_norm, eps=eps, kv=config.kv_rounding
+        new.kv, at.table, older=state.window, norm=True, weight=weights.kv_norm, eps=eps, kv=config.kv_rounding
     )
     if keys is None:
-        raw = ops.rotate(ops.norm(kv, weights.kv_norm, eps), at.table)
+        raw = ops.rotate(ops.norm(new.kv, weights.kv_norm, eps), at.table)
         if config.kv_rounding:
             raw = ops.round_kv(raw, config.rope_dim)
         keys = ops.concatenate([state.window, raw], axis=0)
+    window = keys[-config.window :]
 
-    compressed, index, asked, rows, index_rows = state.compressed, state.index, None, None, None
+    compressed, index, rows, index_rows = state.compressed, state.index, None, None
     if ratio:
-        n_rows = (at.first + n_tokens) // ratio
-        asks = index is not None and n_rows > config.index_topk
-        compressed, index, share = _take_in(ops, config, weights, ratio, state, x, at, asks)
+        compressed, index = _take_in(ops, config, weights, ratio, state, new, at)
         rows = ops.view(_present(compressed).rows)
-        if asks:
-            asked = index_queries(
-                ops,
-                _present(weights.indexer),
-                x,
-                latent,
-                at.table,
-                heads=config.index_heads,
-                dim=config.index_dim,
-                rounded=config.kv_rounding,
-                share=share,
-            )
+        if new.asked is not None:
             index_rows = ops.view(_present(index).rows)
+    after = LayerState(window, compressed, index)
 
-    mixed = None
     if n_tokens == 1 and ops.fuses_attention:
         picked = None
-        if asked is not None:
-            picked = pick_rows(ops, asked, index_rows, None, config.index_topk)
-        mixed = ops.fused_attend(queries, keys[-config.window :], rows, picked, weights.sinks, at.table)
-    if mixed is None:
-        outputs = []
-        size = ops.attention_block
-        for start in range(0, n_tokens, size):
-            stop = min(start + size, n_tokens)
-            block = _Block(at.first, start, stop, keys.shape[0] - n_tokens)
-            outputs.append(
-                _attend_block(ops, config, weights.sinks, ratio, block, queries, keys, rows, asked, index_rows)
-            )
-        mixed = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=0)
-        turned = ops.fused_rows(mixed, at.table, inverse=True)
-        mixed = ops.rotate(mixed, at.table, inverse=True) if turned is None else turned
-    mixed = mixed.reshape(n_tokens, config.o_groups, -1)
-    low = ops.grouped_linear(weights.o_a, mixed).reshape(n_tokens, -1)
-    return ops.linear(weights.o_b, low), LayerState(keys[-config.window :], compressed, index)
+        if new.asked is not None:
+            picked = pick_rows(ops, new.asked, index_rows, None, config.index_topk)
+        mixed = ops.fused_attend(new.queries, window, rows, picked, weights.sinks, at.table)
+        if mixed is not None:
+            return mixed, after
+    outputs = []
+    size = ops.attention_block
+    for start in range(0, n_tokens, size):
+        stop = min(start + size, n_tokens)
+        block = _Block(at.first, start, stop, keys.shape[0] - n_tokens)
+        outputs.append(
+            _attend_block(ops, config, weights.sinks, ratio, block, new.queries, keys, rows, new.asked, index_rows)
+        )
+    mixed = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=0)
+    turned = ops.fused_rows(mixed, at.table, inverse=True)
+    return ops.rotate(mixed, at.table, inverse=True) if turned is None else turned, after
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,14 +260,10 @@ def _take_in(
     weights: AttentionWeights,
     ratio: int,
     state: LayerState,
-    x: Array,
+    new: Projected,
     at: Positions,
-    asks: bool,
-) -> tuple[CompressorState, CompressorState | None, Array | None]:
-    """Update the compressors with T tokens before anyone attends: a token sees the row that it finishes.
-
-    asks: whether the indexer will be asked; then its share times x is the third result, if it came along.
-    """
+) -> tuple[CompressorState, CompressorState | None]:
+    """Update the compressors with T tokens before anyone attends: a token sees the row that it finishes."""
 
     def finish_kv(rows: Array, first: int) -> Array:
         table = _row_table(ops, ratio, first, rows.shape[0], at)
@@ -224,38 +281,16 @@ def _take_in(
         rows = ops.rotate(rows, table)
         return ops.round_f16(ops.round_index(rows)) if config.kv_rounding else rows
 
-    own, indexer, share = _present(weights.compressor), weights.indexer, None
-    projections = [own.kv, own.gate]
-    if indexer is not None:
-        projections += [indexer.compressor.kv, indexer.compressor.gate]
-    projected = ops.fused_linears([*projections, indexer.share] if indexer is not None and asks else projections, x)
-    if projected is not None and len(projected) == 5:
-        share = projected[4]
+    columns = new.columns
     geometry = Geometry(ratio, config.head_dim, config.norm_eps)
-    compressed = compress(
-        ops,
-        own,
-        geometry,
-        _present(state.compressed),
-        x,
-        at.first,
-        finish_kv,
-        None if projected is None else (projected[0], projected[1]),
-    )
+    own, current = _present(weights.compressor), _present(state.compressed)
+    compressed = compress(ops, own, geometry, current, columns[0], at.first, finish_kv, (columns[0], columns[1]))
     if state.index is None:
-        return compressed, None, None
+        return compressed, None
     geometry = Geometry(ratio, config.index_dim, config.norm_eps)
-    index = compress(
-        ops,
-        _present(indexer).compressor,
-        geometry,
-        state.index,
-        x,
-        at.first,
-        finish_index,
-        None if projected is None else (projected[2], projected[3]),
-    )
-    return compressed, index, share
+    own = _present(weights.indexer).compressor
+    index = compress(ops, own, geometry, state.index, columns[2], at.first, finish_index, (columns[2], columns[3]))
+    return compressed, index
 
 
 def _row_table(ops: Ops, ratio: int, first: int, count: int, at: Positions) -> tuple[Array, Array]:

@@ -61,8 +61,9 @@ def compress(
 ) -> CompressorState:
     """Take in T tokens; append the rows they complete.
 
-    x: (T, hidden). projected: weights.kv and weights.gate times x, if known. position: of x[0]. finish(rows,
-    first): RoPE and rounding of normalised rows, where row i covers the tokens from first + i * ratio on.
+    x: (T, hidden). projected: weights.kv and weights.gate times x, if known; of x then only the length counts.
+    position: of x[0]. finish(rows, first): RoPE and rounding of normalised rows, where row i covers the tokens from
+    first + i * ratio on.
     """
     ratio, n_tokens = geometry.ratio, x.shape[0]
     slot = position % ratio

@@ -65,8 +65,10 @@ def pick_rows(ops: Ops, asked: IndexQueries, rows: Array, visible: Array | None,
     sees fewer than `count` rows gets rows it must not see as well: the caller masks them.
     """
     n_tokens, heads, dim = asked.queries.shape
-    scores = ops.maximum(asked.queries.reshape(n_tokens * heads, dim) @ rows.swapaxes(0, 1), 0.0)
-    scores = (asked.share[:, None, :] @ scores.reshape(n_tokens, heads, rows.shape[0]))[:, 0]
+    scores = ops.fused_scores(asked.queries, asked.share, rows)
+    if scores is None:
+        scores = ops.maximum(asked.queries.reshape(n_tokens * heads, dim) @ rows.swapaxes(0, 1), 0.0)
+        scores = (asked.share[:, None, :] @ scores.reshape(n_tokens, heads, rows.shape[0]))[:, 0]
     if visible is not None:
         scores = ops.keep(ops.arange(0, rows.shape[0])[None] < visible, scores)
     return ops.top_rows(scores, count)

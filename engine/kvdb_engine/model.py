@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvdb_engine.attention import AttentionWeights, LayerState, Positions, attend
+from kvdb_engine.attention import AttentionWeights, LayerState, Positions, Projected, asks, give, mix, project
 from kvdb_engine.compressor import CompressorState, CompressorWeights
 from kvdb_engine.config import ModelConfig
 from kvdb_engine.hyper import HyperHeadWeights, HyperWeights, collapse_streams, join_streams, split_streams
-from kvdb_engine.indexer import IndexerWeights
-from kvdb_engine.moe import MoeWeights, feed_forward_parts
+from kvdb_engine.indexer import IndexerWeights, IndexQueries
+from kvdb_engine.moe import MoeWeights, feed_forward_parts, given_experts
 from kvdb_engine.ops import Array, Ops
 from kvdb_engine.rope import compressed_rope, window_rope
 from kvdb_engine.weights import TensorSource, need, need_experts, regroup
@@ -180,6 +182,17 @@ def state_arrays(layers: Sequence[LayerState]) -> list[Array]:
     return found
 
 
+def _packed(new: Projected) -> tuple[Array, ...]:
+    """Projected as a plain tuple of arrays: what a compiled function can return."""
+    asked = () if new.asked is None else (new.asked.queries, new.asked.share)
+    return (new.queries, new.kv, tuple(new.columns), asked)
+
+
+def _unpacked(packed: tuple[Any, ...]) -> Projected:
+    queries, kv, columns, asked = packed
+    return Projected(queries, kv, tuple(columns), IndexQueries(*asked) if asked else None)
+
+
 class Model:
     """Weights bound to a back end. Holds no state of any session."""
 
@@ -189,6 +202,7 @@ class Model:
         self.weights = weights
         self._window_rope = window_rope(config)
         self._compressed_rope = compressed_rope(config)
+        self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
 
     def forward(
         self, layers: tuple[LayerState, ...], ids: npt.NDArray[np.uint32], first: int, want_logits: bool = True
@@ -201,16 +215,26 @@ class Model:
         positions = first + np.arange(len(ids), dtype=np.int64)
         at_window = Positions(first, self._window_rope, self._table(positions, compressed=False))
         at_compressed = Positions(first, self._compressed_rope, self._table(positions, compressed=True))
+        tables = (at_window.table, at_compressed.table)
         embedded = ops.embed(self.weights.embed, ids)
         streams = ops.concatenate([embedded[:, None]] * c.hc_streams, axis=1)
+        compiled = len(ids) == 1 and ops.compiles
+        n_tokens = first + len(ids)
+        post, comb, new = self._step(-1, asks(c, c.ratios[0], n_tokens), compiled)(streams, tables)
         after = []
-        for ratio, weights, state in zip(c.ratios, self.weights.layers, layers, strict=True):
-            x, post, comb = self._split(weights.hc_attn, streams, weights.attn_norm)
-            x, new = attend(ops, c, weights.attn, ratio, state, x, at_compressed if ratio else at_window)
-            after.append(new)
-            streams = self._join(streams, (x,), post, comb)
-            x, post, comb = self._split(weights.hc_ffn, streams, weights.ffn_norm)
-            streams = self._join(streams, feed_forward_parts(ops, c, weights.ffn, x, ids), post, comb)
+        for number, (ratio, weights, state) in enumerate(zip(c.ratios, self.weights.layers, layers, strict=True)):
+            mixed, changed = mix(
+                ops, c, weights.attn, ratio, state, _unpacked(new), at_compressed if ratio else at_window
+            )
+            after.append(changed)
+            given = given_experts(ops, weights.ffn, ids)
+            is_last = number + 1 == c.n_layers
+            step = self._step(number, not is_last and asks(c, c.ratios[number + 1], n_tokens), compiled)
+            arguments = (streams, tables, post, comb, mixed) + (() if given is None else (given,))
+            if is_last:
+                (streams,) = step(*arguments)
+            else:
+                streams, post, comb, new = step(*arguments)
             if len(after) % LAYERS_PER_START == 0:
                 ops.start([streams, *state_arrays(after[-LAYERS_PER_START:])])
         if not want_logits:
@@ -218,6 +242,46 @@ class Model:
         last = collapse_streams(ops, self.weights.hc_head, streams[-1:], hc_eps=c.hc_eps, norm_eps=c.norm_eps)
         logits = ops.linear(self.weights.head, ops.norm(last, self.weights.norm, c.norm_eps))
         return tuple(after), logits[0]
+
+    def _step(self, number: int, asks: bool, compiled: bool) -> Callable[..., Any]:
+        """From what layer `number` mixed to what layer `number + 1` projects: all that depends on no state.
+
+        Takes (streams, tables, post, comb, mixed[, given experts]), for number -1 (streams, tables). Returns the
+        streams, and unless this was the last layer post, comb and the packed projections of the next one; for -1
+        without the streams. asks: whether the next layer's indexer has to choose.
+        """
+        if not compiled:
+            return partial(self._between, number, asks)
+        if (number, asks) not in self._compiled:
+            self._compiled[number, asks] = self.ops.compile(partial(self._between, number, asks))
+        return self._compiled[number, asks]
+
+    def _between(
+        self,
+        number: int,
+        asks: bool,
+        streams: Array,
+        tables: tuple[tuple[Array, Array], tuple[Array, Array]],
+        post: Array = None,
+        comb: Array = None,
+        mixed: Array = None,
+        given: Array = None,
+    ) -> tuple[Any, ...]:
+        ops, c = self.ops, self.config
+        done: tuple[Array, ...] = ()
+        if number >= 0:
+            weights = self.weights.layers[number]
+            streams = self._join(streams, (give(ops, c, weights.attn, mixed),), post, comb)
+            x, post, comb = self._split(weights.hc_ffn, streams, weights.ffn_norm)
+            streams = self._join(streams, feed_forward_parts(ops, c, weights.ffn, x, given), post, comb)
+            done = (streams,)
+        if number + 1 == c.n_layers:
+            return done
+        weights = self.weights.layers[number + 1]
+        ratio = c.ratios[number + 1]
+        x, post, comb = self._split(weights.hc_attn, streams, weights.attn_norm)
+        new = project(ops, c, weights.attn, ratio, x, tables[1 if ratio else 0], asks)
+        return (*done, post, comb, _packed(new))
 
     def _split(self, weights: HyperWeights, streams: Array, norm: Array) -> tuple[Array, Array, Array]:
         """A sub-layer's normalised input, post and comb."""

@@ -32,16 +32,20 @@ class MoeWeights:
 
 def feed_forward(ops: Ops, config: ModelConfig, weights: MoeWeights, x: Array, ids: npt.NDArray[np.uint32]) -> Array:
     """x: (T, hidden), normalised; ids: the T token ids. Returns (T, hidden)."""
-    routed, shared = feed_forward_parts(ops, config, weights, x, ids)
+    routed, shared = feed_forward_parts(ops, config, weights, x, given_experts(ops, weights, ids))
     return routed + shared
 
 
+def given_experts(ops: Ops, weights: MoeWeights, ids: npt.NDArray[np.uint32]) -> Array | None:
+    """The experts that a hash layer's table gives these tokens; None in other layers."""
+    return None if weights.table is None else ops.array(weights.table[ids])
+
+
 def feed_forward_parts(
-    ops: Ops, config: ModelConfig, weights: MoeWeights, x: Array, ids: npt.NDArray[np.uint32]
+    ops: Ops, config: ModelConfig, weights: MoeWeights, x: Array, given: Array | None
 ) -> tuple[Array, Array]:
     """What the routed experts give and what the shared one gives; the layer's output is their sum."""
     logits = ops.linear(weights.router, x)
-    given = None if weights.table is None else ops.array(weights.table[ids])
     count, scale = config.experts_per_token, config.route_scale
     routing = ops.fused_route(logits, weights.bias, given, count, SHARE_FLOOR, scale)
     if routing is None:

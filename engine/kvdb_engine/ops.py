@@ -11,7 +11,7 @@ choice may depend on how an argument came to be (computed, restored, forked).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -57,6 +57,12 @@ class Unfused(Protocol):
     attention_block: int = BLOCK
     prefill_chunk: int = 256  # long enough for full speed, short enough that who cancels waits little
     fuses_attention: bool = False  # whether fused_attend can be asked at all
+
+    compiles: bool = False  # whether `compile` gives more than the function itself
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose arguments and results are arrays in tuples: described once per shape, then replayed."""
+        return function
 
     def fused_linears(self, weights: Sequence[Any], x: Array) -> tuple[Array, ...] | None:
         """`linear` of several weights and one x."""
@@ -105,6 +111,10 @@ class Unfused(Protocol):
         """One finished group of a compressor, pooled: (1, width)."""
         return None
 
+    def fused_scores(self, queries: Array, share: Array, rows: Array) -> Array | None:
+        """The indexer's scores of all rows, (T, n_rows): sum over heads of share * max(0, query . row)."""
+        return None
+
     def fused_attend(
         self,
         queries: Array,
@@ -125,6 +135,7 @@ class Unfused(Protocol):
 
     def start(self, arrays: Sequence[Array]) -> None:
         """Begin to compute these, if the back end can do so while the caller goes on."""
+        return None
 
 
 class Ops(Unfused, Protocol):

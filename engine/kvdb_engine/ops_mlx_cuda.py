@@ -371,6 +371,22 @@ class Fused:
             64,
         )[0]
 
+    def index_scores(self, queries: Array, share: Array, rows: Array) -> Array | None:
+        """The indexer's scores of all rows for one token: (1, n)."""
+        n_tokens, heads, dim = queries.shape
+        if n_tokens != 1 or dim % 4 or dim > 128 or not _is_f32(queries, share, rows):
+            return None
+        n = rows.shape[0]
+        return self._launch(
+            "kvdb_index_scores",
+            [queries, share, rows],
+            [((1, n), mx.float32)],
+            [n, heads, dim],
+            (-(-n // 64), 1),
+            64,
+            4 * heads * dim,
+        )[0]
+
     def top_rows(self, scores: Array, count: int) -> Array | None:
         """Column numbers of the largest scores, ascending."""
         n_tokens, n = scores.shape

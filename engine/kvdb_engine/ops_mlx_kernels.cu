@@ -359,6 +359,39 @@ KERNEL kvdb_top_rows(const float* scores, int* out, int n, int count) {
     }
 }
 
+// score[n] = sum_h share[h] * max(0, queries[h] . rows[n]) for one token. One thread per row; dim a multiple of 4, at most
+// 128; heads * dim floats of dynamic shared memory.
+KERNEL kvdb_index_scores(const float* queries, const float* share, const float* rows, float* scores, int n, int heads,
+                         int dim) {
+    extern __shared__ float4 dynamic[];
+    int parts = dim / 4;
+    for (int i = threadIdx.x; i < heads * parts; i += blockDim.x) dynamic[i] = ((const float4*)queries)[i];
+    __syncthreads();
+    int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= n) return;
+    float4 own[32];
+#pragma unroll
+    for (int i = 0; i < 32; i++)
+        own[i] = i < parts ? ((const float4*)(rows + (u64)row * dim))[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float score = 0.0f;
+    for (int h = 0; h < heads; h++) {
+        float a = 0.0f, b = 0.0f;  // two chains of additions hide each other's latency
+#pragma unroll
+        for (int i = 0; i < 32; i += 2) {
+            if (i < parts) {
+                float4 q = dynamic[h * parts + i];
+                a = fmaf(q.x, own[i].x, fmaf(q.y, own[i].y, fmaf(q.z, own[i].z, fmaf(q.w, own[i].w, a))));
+            }
+            if (i + 1 < parts) {
+                float4 q = dynamic[h * parts + i + 1];
+                b = fmaf(q.x, own[i + 1].x, fmaf(q.y, own[i + 1].y, fmaf(q.z, own[i + 1].z, fmaf(q.w, own[i + 1].w, b))));
+            }
+        }
+        score = fmaf(share[h], fmaxf(a + b, 0.0f), score);
+    }
+    scores[row] = score;
+}
+
 // Experts of each token: the best k of score + bias (ties to the lower id), or those of `given`; their shares.
 // One warp per token; n_experts floats of dynamic shared memory, twice.
 KERNEL kvdb_route(const float* logits, const float* bias, const int* given, int* ids, float* share, int n_experts, int k,

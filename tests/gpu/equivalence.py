@@ -7,9 +7,13 @@ Besides: the silent traps of MLX that ops_mlx.py avoids, each with a check that 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
+
+# float32 throughout: what is compared here is the arithmetic, not the precision of 16-bit products.
+os.environ.setdefault("KVDB_MLX_EXACT", "1")
 
 import mlx.core as mx
 import numpy as np
@@ -59,9 +63,9 @@ def nano_against_numpy(name: str) -> None:
         )
     for n_tokens in (128, 2048, 16384):
         here.prefill_chunk = here.ops.prefill_chunk
-        for turn in range(2):
+        for _ in range(2):
             state, started = here.new_state(), time.perf_counter()
-            for _ in here.prefill(state, np.resize(ids, n_tokens)):
+            for _done in here.prefill(state, np.resize(ids, n_tokens)):
                 pass
             mx.synchronize()
             seconds = time.perf_counter() - started

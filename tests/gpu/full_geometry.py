@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from kvdb_engine import attention, model, moe
+from kvdb_engine import model
 from kvdb_engine.engine import Engine
 from kvdb_engine.selfcheck import everything
 from kvdb_engine.state import State, state_bytes
@@ -28,6 +28,7 @@ from kvdb_engine.weights_random import random_model
 from tests.engine.conftest import records, restore
 
 GiB = 1 << 30
+SCALED: dict[str, int] = {}
 IDS = np.random.default_rng(11).integers(0, FLASH.vocab, 1 << 18).astype(np.uint32)
 
 
@@ -64,63 +65,54 @@ def prefill(engine: Engine, state: State, upto: int) -> None:
 
 def parts(engine: Engine, base: State, n_tokens: int, count: int) -> None:
     """What a step or chunk takes without one of its parts: the difference is that part's share."""
-    plain_attend, plain_experts = attention.attend, engine.ops.experts
-    plain_forward, plain_ffn = engine.model.forward, moe.feed_forward_parts
 
-    def timed(what: str) -> float:
+    def timed(what: str, **changes: Any) -> None:
+        kept = {name: getattr(model, name) for name in changes if hasattr(model, name)}
+        experts, compiled = engine.ops.experts, engine.model._compiled
+        engine.model._compiled = {}
+        for name, change in changes.items():
+            setattr(model if name in kept else engine.ops, name, change)
         times = []
-        for _ in range(count):
-            state = base.clone()
-            started = time.perf_counter()
-            engine._run(state, IDS[:n_tokens])
-            mx.synchronize()
-            times.append(time.perf_counter() - started)
-        best = float(np.median(times[1:]))
-        say(f"  {n_tokens} tokens at {base.n_tokens}, {what}: {1e3 * best:.2f} ms")
-        return best
-
-    def without(what: str, change: Callable[[], None], back: Callable[[], None]) -> None:
-        change()
         try:
-            timed(what)
+            for _ in range(count):
+                state = base.clone()
+                started = time.perf_counter()
+                engine._run(state, IDS[:n_tokens])
+                mx.synchronize()
+                times.append(time.perf_counter() - started)
         finally:
-            back()
+            engine.ops.experts, engine.model._compiled = experts, compiled  # type: ignore[method-assign]
+            for name, before in kept.items():
+                setattr(model, name, before)
+        say(f"  {n_tokens} tokens at {base.n_tokens}, {what}: {1e3 * float(np.median(times[1:])):.2f} ms")
 
-    def no_attention() -> None:
-        model.attend = lambda ops, c, w, ratio, state, x, at: (x, state)  # type: ignore[assignment,misc]
+    def no_mix(ops: Any, c: Any, w: Any, ratio: int, state: Any, new: Any, at: Any) -> tuple[Any, Any]:
+        return new.queries, state
 
-    def with_attention() -> None:
-        model.attend = plain_attend  # type: ignore[misc]
+    def no_ffn(ops: Any, c: Any, w: Any, x: Any, given: Any) -> tuple[Any, ...]:
+        return (x,)
 
-    def no_experts() -> None:
-        engine.ops.experts = lambda w, x, ids, share, limit: x * share.sum(-1, keepdims=True)  # type: ignore
-
-    def with_experts() -> None:
-        engine.ops.experts = plain_experts  # type: ignore[method-assign]
-
-    def no_ffn() -> None:
-        model.feed_forward_parts = lambda ops, c, w, x, ids: (x,)  # type: ignore
-
-    def with_ffn() -> None:
-        model.feed_forward_parts = plain_ffn
+    def no_experts(w: Any, x: Any, ids: Any, share: Any, limit: float) -> Any:
+        return x * share.sum(-1, keepdims=True)
 
     timed("all")
-    without("without attention", no_attention, with_attention)
-    without("without routed experts", no_experts, with_experts)
-    without("without MoE", no_ffn, with_ffn)
-    no_attention()
-    without("mHC and head alone", no_ffn, with_ffn)
-    with_attention()
-    # The graph alone, nothing evaluated: what Python and MLX's front end cost.
+    timed("without rows and scores", mix=no_mix)
+    timed("without routed experts", experts=no_experts)
+    timed("without MoE", feed_forward_parts=no_ffn)
+    timed("projections and mHC alone", mix=no_mix, feed_forward_parts=no_ffn)
+    # The graph alone, nothing evaluated meanwhile: the host's share, then the device's.
     start = engine.ops.start
     engine.ops.start = lambda arrays: None  # type: ignore[method-assign]
-    began = time.perf_counter()
-    kept = [plain_forward(base.layers, IDS[:n_tokens], base.n_tokens) for _ in range(2)]
-    say(f"  describing the graph: {1e3 * (time.perf_counter() - began) / 2:.2f} ms")
-    began = time.perf_counter()
-    mx.async_eval(kept[0][1])
-    say(f"  handing it over: {1e3 * (time.perf_counter() - began):.2f} ms")
-    mx.synchronize()
+    for _ in range(3):
+        began = time.perf_counter()
+        layers, logits = engine.model.forward(base.layers, IDS[:n_tokens], base.n_tokens)
+        described = time.perf_counter()
+        mx.async_eval(logits, model.state_arrays(layers))
+        handed = time.perf_counter()
+        mx.synchronize()
+        done = time.perf_counter()
+    ms = [1e3 * seconds for seconds in (described - began, handed - described, done - handed)]
+    say(f"  describing the graph {ms[0]:.2f} ms, then handing it over {ms[1]:.2f} ms, then waiting {ms[2]:.2f} ms")
     engine.ops.start = start  # type: ignore[method-assign]
 
 
@@ -171,7 +163,7 @@ def main() -> int:
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--decode-only", action="store_true")
     options = parser.parse_args()
-    config = replace(FLASH, n_layers=options.layers, ratios=FLASH.ratios[: options.layers])
+    config = replace(FLASH, n_layers=options.layers, ratios=FLASH.ratios[: options.layers], **SCALED)
     started = time.perf_counter()
     engine = Engine(random_model(config), backend_name="mlx")
     say(
@@ -181,6 +173,10 @@ def main() -> int:
     mx.reset_peak_memory()
     state = engine.new_state()
     attempt("decode", lambda: show_decode(engine, state, "0"))
+    if engine.ops.compiles and not options.decode_only:
+        engine.ops.compiles = False
+        attempt("decode", lambda: show_decode(engine, engine.new_state(), "0, steps described each time", 24))
+        engine.ops.compiles = True
     if options.parts:
         attempt("parts of a step", lambda: parts(engine, state, 1, 12))
     if options.decode_only:
