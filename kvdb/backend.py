@@ -97,6 +97,7 @@ class Backend:
         if self._rounds_task is not None:
             self._rounds_task.cancel()
         try:
+            self.sessions.stop_work()
             await self.background.idle()
             await self.sessions.close()
         finally:

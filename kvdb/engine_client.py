@@ -84,7 +84,7 @@ class EngineClient:
         self.resident_bytes = 0
         self.starts = 0
         self.queue_limit = 1000
-        self.is_closing = False  # the daemon is about to end: no new prefills and generations
+        self.is_closing = False  # the daemon is about to end: no new worker, prefill or generation
         self.last_used = time.monotonic()
         self.started_at = 0.0
         self._heard = 0.0
@@ -112,6 +112,8 @@ class EngineClient:
         """
         if self.running:
             return
+        if self.is_closing:
+            raise EngineDownError("the daemon is shutting down")
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
             self._starting.add_done_callback(self._started)

@@ -286,11 +286,15 @@ class Sessions:
                 if not client.pending:
                     await client.stop()
 
-    async def close(self) -> None:
-        """Graceful end: stop prefills and generations at their next border, store what is live, end the workers."""
+    def stop_work(self) -> None:
+        """The daemon is about to end: stop prefills and generations at their next border, and begin no new ones."""
         for model in self.models.values():
             model.client.is_closing = True
             model.client.cancel()
+
+    async def close(self) -> None:
+        """Graceful end: store what is live, then end the workers."""
+        self.stop_work()
         for model in self.models.values():
             await self.park(model, Reason.SHUTDOWN)
             await model.client.stop()

@@ -70,6 +70,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTES = _byte_alphabet()
 
+_LONG_TEXT = 4096
+
 
 class Tokenizer:
     """Encodes and decodes for one model. Immutable."""
@@ -106,7 +108,12 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text. special: whether control strings in it become control tokens."""
         chosen = self._backend if special else self._plain
-        ids: list[int] = chosen.encode(text, add_special_tokens=False).ids
+        if len(text) < _LONG_TEXT:
+            found = chosen.encode(text, add_special_tokens=False)
+        else:
+            # A batch of one: only batches let other threads of the process run meanwhile.
+            [found] = chosen.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = found.ids
         return ids
 
     def split_control(self, text: str) -> list[tuple[str, int | None]]:

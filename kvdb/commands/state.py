@@ -35,6 +35,9 @@ log = logging.getLogger("kvdb.commands")
 MAX_TOKENS_DEFAULT = 128
 SAMPLE_COUNT_MAX = 100_000
 PROGRESS_INTERVAL_S = 0.1
+LONG_PROMPT_BYTES = 16 << 10  # some 10 ms of tokenising
+STOP_BYTES_MAX = 1024
+DRAWS_AT_ONCE = 16  # up to 17 ms each, where a whole vocabulary is sorted
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
@@ -64,7 +67,17 @@ def read_prompt(args: Arguments, kind: bytes) -> tuple[str, Any]:
         raise KvdbError(f"CHAT takes OpenAI messages as JSON: {error}") from None
 
 
-def prompt_ids(model: Model, prompt: tuple[str, Any], *, is_start: bool) -> array[int]:
+async def prompt_ids(model: Model, prompt: tuple[str, Any], raw: list[bytes], *, is_start: bool) -> array[int]:
+    """Token ids of a prompt. raw: the arguments it came from.
+
+    A megabyte of text takes a second to tokenise: long prompts go to a thread, and other clients do not wait.
+    """
+    if prompt[0] == "ids" or sum(map(len, raw)) < LONG_PROMPT_BYTES:
+        return ids_of(model, prompt, is_start=is_start)
+    return await asyncio.to_thread(ids_of, model, prompt, is_start=is_start)
+
+
+def ids_of(model: Model, prompt: tuple[str, Any], *, is_start: bool) -> array[int]:
     """Token ids of a prompt. Text and chat at the start of a timeline begin with the begin-of-sentence token."""
     kind, value = prompt
     tokenizer = model.info.tokenizer
@@ -144,7 +157,7 @@ async def prefill(client: Client, raw: list[bytes]) -> Reply:
     sessions = client.server.sessions
     name = options[b"MODEL"].decode(errors="replace") if b"MODEL" in options else None
     model = sessions.model_for(client.db, raw[0], name)
-    ids = prompt_ids(model, prompt, is_start=True)
+    ids = await prompt_ids(model, prompt, raw, is_start=True)
     async with deadline(read_deadline(options)):
         reply = await timelines.prefill(sessions, client.db, raw[0], model, ids, reuse, Progress(client, raw[0]))
     client.server.changed(client.db, raw[0], "prefill", "g")
@@ -157,7 +170,7 @@ async def extend(client: Client, raw: list[bytes]) -> Reply:
     prompt, options = parse_prompt(client, raw[1:], (b"DEADLINE",))
     sessions = client.server.sessions
     session = await sessions.get(client.db, raw[0])
-    ids = prompt_ids(session.model, prompt, is_start=False)
+    ids = await prompt_ids(session.model, prompt, raw, is_start=False)
     async with deadline(read_deadline(options)):
         reply = await timelines.extend(sessions, client.db, raw[0], ids, Progress(client, raw[0]))
     client.server.changed(client.db, raw[0], "extend", "g")
@@ -199,8 +212,8 @@ async def generate(client: Client, raw: list[bytes]) -> Reply:
             max_tokens = args.integer("MAXTOKENS", 1, 1 << 31)
         elif word == b"STOP":
             stops = args.take(args.integer("the number of stop strings", 0, 64))
-            if not all(stops):
-                raise KvdbError("a stop string is empty")
+            if not all(0 < len(stop) <= STOP_BYTES_MAX for stop in stops):
+                raise KvdbError(f"a stop string is empty or longer than {STOP_BYTES_MAX} bytes")
         elif word == b"STREAM":
             stream = True
         elif word == b"DEADLINE":
@@ -252,14 +265,17 @@ async def sample_command(client: Client, raw: list[bytes]) -> Reply:
     logits = np.frombuffer(data, dtype="<f4")
     logprobs = log_probabilities(logits)
     seed = fields.pop("seed", secrets.randbits(63))
-    replies: list[Reply] = []
-    for draw in range(count):
-        token = sample(logits, position, Sampling(**fields, seed=(seed + draw) & ((1 << 64) - 1)))
-        text = info.tokenizer.token_bytes(token) if info else None
-        replies.append({"id": token, "text": text, "logprob": float(logprobs[token])})
-        if draw % 256 == 255:
-            await asyncio.sleep(0)  # a large COUNT must not hold up the other clients
-    return replies
+
+    def draw(first: int) -> list[int]:
+        seeds = range(seed + first, seed + min(first + DRAWS_AT_ONCE, count))
+        return [sample(logits, position, Sampling(**fields, seed=one & ((1 << 64) - 1))) for one in seeds]
+
+    drawn: list[int] = []
+    while len(drawn) < count:
+        # In a thread, since a large COUNT must not hold up the other clients; in steps, since the client may leave.
+        drawn += await asyncio.to_thread(draw, len(drawn)) if count > 1 else draw(0)
+    text = info.tokenizer.token_bytes if info else lambda token: None
+    return [{"id": token, "text": text(token), "logprob": float(logprobs[token])} for token in drawn]
 
 
 @handler("LOGITS")
@@ -395,7 +411,7 @@ async def prefix(client: Client, raw: list[bytes]) -> Reply:
     prompt, options = parse_prompt(client, raw, (b"MODEL",))
     server = client.server
     model = server.sessions.model(options[b"MODEL"].decode(errors="replace") if b"MODEL" in options else None)
-    ids = prompt_ids(model, prompt, is_start=True)
+    ids = await prompt_ids(model, prompt, raw, is_start=True)
     server.sessions.check_ids(model, ids)
     found = server.store.longest_prefix(
         model.info.family, model.info.fingerprint, ids.tobytes(), cross_quant=server.sessions.cross_quant

@@ -87,6 +87,39 @@ def test_a_hanging_worker_is_killed_and_the_session_resumes(daemon: Daemon, call
     assert call.map("GENERATE", "s", "MAXTOKENS", 2, "TEMPERATURE", 0)["tokens"] == 5
 
 
+def test_a_worker_that_hangs_while_nothing_but_housekeeping_waits_for_it_is_killed(
+    daemon: Daemon, call: Caller
+) -> None:
+    call("PREFILL", "s", "TOKENS", 3, 1, 20, 30)
+    pid = call.map("ENGINE", "STATUS")["pid"]
+    assert isinstance(pid, int)
+    os.kill(pid, signal.SIGSTOP)
+    call("DEL", "s")  # the next sweep asks the worker to drop the state
+    wait_for(lambda: call.map("ENGINE", "STATUS")["state"] == b"stopped")
+    assert call.map("PREFILL", "s", "TOKENS", 3, 1, 20, 30)["tokens"] == 3
+
+
+def test_shutdown_stops_work_and_keeps_what_was_done(daemon: Daemon, call: Caller) -> None:
+    thread, found = in_background(daemon, "GENERATE", "s", "MAXTOKENS", 1)
+    thread.join()
+    assert "no such session" in str(found[0])
+    call("PREFILL", "s", "TOKENS", 3, 1, 20, 30)
+    thread, found = in_background(daemon, "GENERATE", "s", "MAXTOKENS", 30_000, "SEED", 3)
+    wait_for(lambda: is_working(call, "generate", 5))
+    call("SNAPSHOT", "s", "later", "ASYNC")  # waits for the generation to end
+    began = time.monotonic()
+    daemon.stop()
+    assert time.monotonic() - began < 20
+    thread.join()
+    assert str(found[0]).startswith("CANCELLED ")
+    daemon.start()
+    with Connection(daemon.target, timeout=60) as connection:
+        again = Caller(connection)
+        tokens = again.map("SNAPINFO", "later")["tokens"]
+        assert isinstance(tokens, int) and tokens > 5
+        assert again.map("EXTEND", "s", "TOKENS", 1, 7)["tokens"] == tokens + 1
+
+
 def test_engine_cancel_stops_a_prefill_at_a_chunk(daemon: Daemon, call: Caller) -> None:
     thread, found = in_background(daemon, "PREFILL", "s", "TOKENS", len(LONG), *LONG)
     wait_for(lambda: is_working(call, "extend"))
@@ -106,6 +139,13 @@ def test_a_client_that_vanishes_cancels_its_work(daemon: Daemon, call: Caller) -
     wait_for(lambda: not is_working(call, "extend"))
     tokens = call.map("EXTEND", "s", "TOKENS", 1, 7)["tokens"]
     assert isinstance(tokens, int) and 1 < tokens < len(LONG)
+
+
+def test_a_stop_string_that_no_frame_can_carry_is_refused(call: Caller) -> None:
+    call("PREFILL", "s", "TOKENS", 3, 1, 20, 30)
+    with pytest.raises(CommandError, match="longer than 1024 bytes"):
+        call("GENERATE", "s", "MAXTOKENS", 1, "STOP", 1, "x" * 1025)
+    assert call.map("ENGINE", "STATUS")["starts"] == 1
 
 
 def test_a_deadline_stops_the_work(call: Caller) -> None:
