@@ -441,16 +441,16 @@ class Keyspace:
             return None
         return entry
 
-    def rebase(self, uid: bytes, snapshot_id: bytes, n_tokens: int) -> bool:
+    def rebase(self, uid: bytes, fingerprint: bytes, snapshot_id: bytes, n_tokens: int) -> bool:
         """A session's first `n_tokens` tokens are in a snapshot now: name it as the base, drop them from the journal.
 
         Both changes are of one layer, so a crash sees both or neither. False if no key names the session any more.
         """
         found = self.session_place(uid)
-        if found is None or not isinstance(found[2].value, SessionValue):
+        if found is None:
             return False
         db, key, entry = found
-        value = SessionValue(uid, found[2].value.fingerprint, snapshot_id, n_tokens, snapshot_id)
+        value = SessionValue(uid, fingerprint, snapshot_id, n_tokens, snapshot_id)
         self.put(db, key, entry._replace(value=value))
         self.journal_drop(uid, n_tokens)
         return True

@@ -64,16 +64,16 @@ def write_entry(txn: Txn, work: Work, db: int, key: bytes, entry: Entry | None) 
         txn.put(Table.SESSIONS, entry.value.uid, msgpack.packb([db, key]))
 
 
-def rebase_session(txn: Txn, work: Work, uid: bytes, snapshot_id: bytes, n_tokens: int) -> None:
-    """Name a snapshot as a session's base under the key that it has by now. Raises SnapshotGoneError if it has none."""
+def rebase_session(txn: Txn, work: Work, base: SessionValue) -> None:
+    """Give a session another base, under the key that it has by now. Raises SnapshotGoneError if it has none."""
+    uid = base.uid
     where = txn.get(Table.SESSIONS, uid)
     db, key = (0, b"") if where is None else msgpack.unpackb(where)
     data = None if where is None else txn.get(Table.KEYS, name_key(db, key))
     entry = None if data is None else decode_entry(data)
     if entry is None or not isinstance(entry.value, SessionValue) or entry.value.uid != uid:
         raise SnapshotGoneError("the session was deleted while it was stored")
-    value = SessionValue(uid, entry.value.fingerprint, snapshot_id, n_tokens, snapshot_id)
-    write_entry(txn, work, db, key, entry._replace(value=value))
+    write_entry(txn, work, db, key, entry._replace(value=base))
 
 
 def _move_string(txn: Txn, work: Work, name: bytes, old: Entry | None, new: Entry | None) -> None:

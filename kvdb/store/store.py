@@ -27,7 +27,7 @@ from kvdb.store.ballast import Ballast
 from kvdb.store.budget import INDEX_MARGIN, Budget
 from kvdb.store.care import Care
 from kvdb.store.committer import DISK_FULL, Committer
-from kvdb.store.entries import Entry
+from kvdb.store.entries import Entry, SessionValue
 from kvdb.store.entry_writes import rebase_session, write_entry
 from kvdb.store.errors import as_kvdb_error
 from kvdb.store.exchange import IncomingState, export_archive, write_state
@@ -295,14 +295,15 @@ class Store:
             if key is not None:
                 write_entry(txn, work, *key, entry)
             elif session_uid is not None:
-                rebase_session(txn, work, session_uid, new.id, new.n_tokens)
+                base = SessionValue(session_uid, new.fingerprint, new.id, new.n_tokens, new.id)
+                rebase_session(txn, work, base)
             return done
 
         def committed(future: asyncio.Future[CommittedSnapshot]) -> None:
             if key is not None:
                 self.keyspace.committed_elsewhere(*key)
             if session_uid is not None and not future.cancelled() and future.exception() is None:
-                self.keyspace.rebase(session_uid, new.id, new.n_tokens)
+                self.keyspace.rebase(session_uid, new.fingerprint, new.id, new.n_tokens)
 
         future = self._committer.submit(item, extent)
         # Added before anyone awaits the future, so it runs before a reply can be sent.
