@@ -28,6 +28,9 @@ from kvdb_engine.synthetic_model import FLASH
 from kvdb_engine.weights_random import random_model
 from tests.engine.cuda_emulation import EmulatedKernels, build
 
+# Emulated, a warp's matrix products take seconds.
+slow = pytest.mark.slow if not ON_GPU else pytest.mark.filterwarnings("default")
+
 RNG = np.random.default_rng(4)
 # As small as the kernels' limits allow, with every kind of layer.
 SMALL = replace(
@@ -240,7 +243,7 @@ def reference(weights: ExpertWeights, x: Any, ids: Any, share: Any, limit: float
     return out
 
 
-@pytest.mark.parametrize(("n_tokens", "spread"), [(1, 5), (3, 5), (66, 2)])
+@pytest.mark.parametrize(("n_tokens", "spread"), [(1, 5), (3, 5), pytest.param(66, 2, marks=slow)])
 @pytest.mark.parametrize("kind", [mx.bfloat16, mx.float16])
 def test_experts(
     fused: MlxOps, plain: MlxOps, kernels: EmulatedKernels | CountedKernels, n_tokens: int, spread: int, kind: Any
@@ -311,6 +314,7 @@ def engines(fused: MlxOps) -> tuple[Engine, Engine]:
     return reference, engine
 
 
+@slow
 def test_engine_with_all_kernels(
     engines: tuple[Engine, Engine],
     kernels: EmulatedKernels | CountedKernels,

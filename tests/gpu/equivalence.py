@@ -73,7 +73,7 @@ def nano_against_numpy(name: str) -> None:
         for token in ids[:60]:
             started = time.perf_counter()
             here.step(state, int(token))
-            _ = int(mx.argmax(state._logits).item())
+            _ = mx.argmax(state._logits).item()  # type: ignore[arg-type]
             times.append(time.perf_counter() - started)
         rate = 1 / float(np.median(times[10:]))
         print(f"  nano: prefill of {n_tokens}: {n_tokens / seconds:.0f} tok/s; decode behind it: {rate:.0f} tok/s")
@@ -124,7 +124,7 @@ def main() -> int:
         print(what, flush=True)
         started = time.perf_counter()
         try:
-            work()
+            work()  # type: ignore[no-untyped-call]
         except Exception as error:
             check(False, f"{what}: {type(error).__name__}: {error}")
         print(f"  {time.perf_counter() - started:.1f} s", flush=True)
