@@ -4,6 +4,7 @@ with a synthetic model, so that a test decides what happens when."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import threading
 from array import array
@@ -362,6 +363,34 @@ async def test_fork_does_not_overwrite_a_key_that_appears_meanwhile(
     for name in (b"a", b"b"):
         found = sessions.keyspace.get(DB, name)
         assert found is not None and found.type == EntryType.SESSION
+
+
+async def test_names_that_could_not_be_committed_are_taken_back(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    await snapshot(sessions, b"s", b"k")
+    await timelines.extend(sessions, DB, b"s", array("I", [5]))
+    await snapshot(sessions, b"s", b"k2")
+    before = sessions.keyspace.get(DB, b"k")
+    files = sessions.store.files
+    commit = files.commit
+
+    def fail(call: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    files.commit = fail  # type: ignore[method-assign,assignment]
+    for work in (
+        branches.fork(sessions, DB, b"s", [b"a"]),
+        branches.fork(sessions, DB, b"k", [b"b"]),
+        snapshot(sessions, b"s", b"new"),
+        snapshot(sessions, b"s", b"k"),
+    ):
+        with pytest.raises(NoSpaceError):
+            await work
+    files.commit = commit  # type: ignore[method-assign]
+    await settled(sessions)
+    assert all(sessions.keyspace.get(DB, key) is None for key in (b"a", b"b", b"new"))
+    assert sessions.keyspace.get(DB, b"k") == before
+    assert await branches.fork(sessions, DB, b"s", [b"a"]) == 1
 
 
 # -- background snapshots ----------------------------------------------------------------------------------------------
