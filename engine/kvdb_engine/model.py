@@ -21,7 +21,7 @@ from kvdb_engine.rope import compressed_rope, window_rope
 from kvdb_engine.weights import TensorSource, need, need_experts, regroup
 
 # A back end that computes on its own begins after so many layers, while the next ones are still being described.
-LAYERS_PER_START = 4
+LAYERS_PER_START = 10
 
 
 @dataclass(frozen=True, slots=True)
