@@ -14,8 +14,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Read by MLX when its CUDA back end starts. Plain launches instead of CUDA graphs: steps come in too many shapes for graphs
-# to be used again, and a long context decodes half as fast with them (docs/engine-cuda.md).
+# Read by MLX when its CUDA back end starts. Plain launches instead of CUDA graphs: with these a long context
+# decodes a third slower (docs/engine-cuda.md).
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 
