@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvdb import branches, storing, timelines
+from kvdb.commands import parse
 from kvdb.commands.arguments import Arguments, integer, unknown_option
 from kvdb.commands.registry import handler
 from kvdb.errors import CancelledError, KvdbError
@@ -318,8 +319,7 @@ async def snapshot(client: Client, raw: list[bytes]) -> Reply:
             pairs = args.take(2 * args.integer("the number of META fields", 0, 1 << 20))
             meta = dict(zip(pairs[::2], pairs[1::2], strict=True))
         elif word in (b"EX", b"PX") and not expire_ms:
-            unit = 1000 if word == b"EX" else 1
-            expire_ms = int(time.time() * 1e3) + unit * args.integer("invalid expire time", 1, 1 << 50)
+            expire_ms = parse.expiry_ms(word, args.next(), "snapshot")
         elif word in (b"NX", b"XX") and not condition:
             condition = word
         elif word == b"PIN":

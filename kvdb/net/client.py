@@ -204,7 +204,7 @@ class Client(asyncio.Protocol):
                 elif kind is int:
                     encoded = b":%d\r\n" % reply
                 elif inspect.isawaitable(reply):
-                    task = self._run_task(self._finish(bound, reply, began))
+                    task = self._run_task(self._finish(bound, request, reply, began))
                     if inspect.iscoroutine(reply):
                         # A task that is cancelled before it begins would never await it.
                         task.add_done_callback(partial(_close, reply))
@@ -275,7 +275,7 @@ class Client(asyncio.Protocol):
             self._read_paused = False
             self.transport.resume_reading()
 
-    async def _finish(self, bound: Bound, work: Awaitable[Reply], began: float) -> None:
+    async def _finish(self, bound: Bound, request: Request, work: Awaitable[Reply], began: float) -> None:
         """Run a handler's coroutine, reply, and go on with the waiting requests."""
         try:
             if self._pending_writes:
@@ -286,8 +286,11 @@ class Client(asyncio.Protocol):
                 encoded = encode(await work, self.resp)
             except Exception as error:
                 encoded = dispatch.error_reply(self, bound, error)
+            took = time.perf_counter() - began
             bound.calls += 1
-            bound.seconds += time.perf_counter() - began
+            bound.seconds += took
+            if took >= self.server.slow_seconds:
+                self.server.note_slow(self, request, took)
             self.add_reply(encoded)
             self._mute_last()
             self.send_now()

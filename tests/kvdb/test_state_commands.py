@@ -343,3 +343,20 @@ def test_engine_status_counts_the_work(call: Caller) -> None:
     call("GENERATE", "a", "MAXTOKENS", 3)
     after = call.map("ENGINE", "STATUS")["backend"]
     assert after["decode_tokens"] == before["decode_tokens"] + 3  # type: ignore[index]
+
+
+def test_an_expiry_that_is_no_time_is_refused_as_in_redis(call: Caller) -> None:
+    prefill(call, "a", PROMPT[:10])
+    for text in ("0", "-1", "9223372036854775807"):
+        with pytest.raises(CommandError, match="ERR invalid expire time in 'snapshot' command"):
+            call("SNAPSHOT", "a", "k", "EX", text)
+    assert call.number("EXISTS", "k") == 0
+
+
+def test_slow_work_of_the_engine_is_in_the_slowlog(call: Caller) -> None:
+    call("CONFIG", "SET", "slowlog-log-slower-than", 0)
+    call("SLOWLOG", "RESET")
+    prefill(call, "slow", PROMPT[:10])
+    call("CONFIG", "SET", "slowlog-log-slower-than", 10_000)
+    entries = call.list("SLOWLOG", "GET", 10)
+    assert any(entry[3][:2] == [b"PREFILL", b"slow"] for entry in entries)  # type: ignore[index]
