@@ -244,7 +244,8 @@ class Committer:
             for segment in this.retired:
                 this.work.add_live(segment, 0)
             sweep(txn, this.work, self._holds)
-            settle(txn, this.work, this.busy)
+            # Large strings of this very round may lie in a segment that was reserved after `busy` was taken.
+            settle(txn, this.work, this.busy | self._segments.busy())
             self._files.commit(txn.raw.commit)
         except BaseException:
             txn.raw.abort()

@@ -92,6 +92,15 @@ async def test_a_snapshot_may_take_its_key(store: Store) -> None:
     assert (await store.stats()).strings == 0
 
 
+async def test_a_snapshot_may_take_its_key_in_the_very_round_that_writes_it(store: Store) -> None:
+    # The string's segment is made and emptied in one round; its writer still appends to it afterwards.
+    store.keyspace.put(0, b"k", string(BIG))
+    await put_snapshot(store, b"k", tokens(PAGE))
+    store.keyspace.put(0, b"l", string(BIGGER))
+    await store.keyspace.flush()
+    assert store.keyspace.get(0, b"l") == string(BIGGER)
+
+
 async def test_damage_is_named_and_only_that_key_is_lost(tmp_path: Path) -> None:
     store = await open_store(tmp_path)
     for key in (b"bad", b"good"):
