@@ -1,10 +1,11 @@
 """RESP2 and RESP3 without I/O: requests in (`RequestParser`), replies out (`encode`).
 
-A request is an array of bulk strings or an inline line. hiredis parses whole batches of well-formed requests in C, but
-it accepts more than a server may: it does not check the CRLF behind a bulk string, takes nested arrays and any reply
-type, and has no limits. So a batch counts as well-formed only if encoding the parsed requests again gives exactly the
-bytes received; everything else (half requests, inline lines, errors, large values) goes through the incremental parser
-in Python below. Invariant: fed one byte at a time and fed whole give the same requests and the same error.
+A request is an array of bulk strings or an inline line. Three ways, the quickest first: requests of one arity with
+short arguments are cut apart at their CRLFs all at once; other batches of well-formed requests are parsed by hiredis;
+everything else (half requests, inline lines, errors, large values) goes through the incremental parser below. hiredis
+accepts more than a server may: it does not check the CRLF behind a bulk string, takes nested arrays and any reply type,
+and has no limits. So for both quick ways a batch counts as well-formed only if encoding the requests found gives
+exactly the bytes received. Invariant: fed one byte at a time and fed whole give the same requests and the same error.
 
 Limits and messages are those of Redis 7; as in Valkey a bulk string without its CRLF is an error.
 """
@@ -26,6 +27,9 @@ UNAUTHENTICATED_MULTIBULK = 10
 UNAUTHENTICATED_BULK_BYTES = 16 * 1024
 # hiredis allocates an array's pointers as soon as it has read the count, so counts of six digits go to the slow path.
 _HUGE_COUNT = re.compile(rb"\*[0-9]{6}")
+# The usual counts of arguments and their headers, and the headers of arguments of usual lengths.
+_COUNTS = {b"*%d" % count: count for count in range(1, 65)}
+_header = tuple(b"$%d" % n_bytes for n_bytes in range(1025)).__getitem__
 # Above this a chunk is most likely part of one large value: copying it into hiredis' buffer would be for nothing.
 _FAST_CHUNK_BYTES = 256 * 1024
 # Bulk strings at least this large get a buffer of their own size at once; smaller ones are cut out of the input.
@@ -242,28 +246,54 @@ class RequestParser:
 
 
 def _parse_batch(data: bytes) -> tuple[list[Request], bytes]:
-    """Parse the well-formed requests at the start of `data` in C. Returns them and the bytes behind them."""
-    requests: list[Request] = []
+    """Parse the well-formed requests at the start of `data`, a whole batch at a time.
+
+    Returns them and the bytes behind them; no requests if the batch is not of the usual kind.
+    """
     if data[:1] != b"*" or len(data) > _FAST_CHUNK_BYTES:
-        return requests, data
-    # With one star only the first count can be huge; a search through all of it costs a third of a small request.
+        return [], data
+    pieces = data.split(b"\r\n")
+    n_args = _COUNTS.get(pieces[0])
+    if n_args is None:
+        return _parse_mixed(data)
+    step = 2 * n_args + 1
+    n_requests = (len(pieces) - 1) // step
+    end = n_requests * step
+    # Cut at every CRLF, requests of k arguments give 2k + 1 pieces each. If every first one is the count and each other
+    # pair is a length and that many bytes, `data` is exactly the encoding of the arguments found.
+    try:
+        if n_requests == 1:
+            request = pieces[2:end:2]
+            if pieces[1:end:2] != [_header(len(argument)) for argument in request]:
+                return _parse_mixed(data)
+            requests = [request]
+        else:
+            if pieces[0:end:step].count(pieces[0]) != n_requests:
+                return _parse_mixed(data)
+            columns = []
+            for at in range(2, step, 2):
+                column = pieces[at:end:step]
+                if pieces[at - 1 : end : step] != list(map(_header, map(len, column))):
+                    return _parse_mixed(data)
+                columns.append(column)
+            requests = list(map(list, zip(*columns, strict=True)))
+    except IndexError:
+        return _parse_mixed(data)
+    return requests, b"\r\n".join(pieces[end:]) if len(pieces) > end + 1 else pieces[end]
+
+
+def _parse_mixed(data: bytes) -> tuple[list[Request], bytes]:
+    """The same for requests of different arities, long arguments, and arguments that hold a CRLF: by hiredis."""
+    # With one star only the first count can be huge.
     has_small_counts = data.find(b"\r", 1, 7) > 0 if data.rfind(b"*") == 0 else not _HUGE_COUNT.search(data)
     if not has_small_counts:
-        return requests, data
+        return [], data
     shared = _shared
-    shared.feed(data)
-    gets = shared.gets
+    requests: list[Request] = []
     try:
-        if (request := gets()) is not _INCOMPLETE:
-            if request and _pack(tuple(request)) == data:
-                return [request], b""
+        shared.feed(data)
+        while (request := shared.gets()) is not _INCOMPLETE:
             requests.append(request)
-            while (request := gets()) is not _INCOMPLETE:
-                requests.append(request)
-        if len(requests) > 1 and (rest := _rest_behind(requests, data)) is not None:
-            if rest:
-                shared.reset()
-            return requests, rest
         packed = b"".join([_pack(tuple(request)) for request in requests])
     except (TypeError, hiredis.HiredisError, MemoryError):
         shared.reset()
@@ -274,28 +304,6 @@ def _parse_batch(data: bytes) -> tuple[list[Request], bytes]:
     if data.startswith(packed):
         return [request for request in requests if request], data[len(packed) :]
     return [], data
-
-
-def _rest_behind(requests: list[Request], data: bytes) -> bytes | None:
-    """What follows in `data` if it begins with the encoding of these requests; None if that is not sure.
-
-    It is not sure if the requests have different arities or a value holds a CRLF. Cheaper than encoding again: cut at
-    every CRLF, well-formed requests of k arguments give 2k + 1 pieces each, every second one an argument. If all
-    arguments are found there, none holds a CRLF; then that many pieces can only come from one CRLF behind each header
-    and each bulk string.
-    """
-    step = 2 * len(requests[0]) + 1
-    end = len(requests) * step
-    pieces = data.split(b"\r\n")
-    if not requests[0] or len(pieces) <= end:
-        return None
-    try:
-        columns = list(zip(*requests, strict=True))
-    except ValueError:
-        return None
-    if all(tuple(pieces[2 + 2 * at : end : step]) == column for at, column in enumerate(columns)):
-        return b"\r\n".join(pieces[end:])
-    return None
 
 
 def _strict_int(digits: bytearray) -> int | None:
