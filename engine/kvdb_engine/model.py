@@ -205,11 +205,17 @@ class Model:
         self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
 
     def forward(
-        self, layers: tuple[LayerState, ...], ids: npt.NDArray[np.uint32], first: int, want_logits: bool = True
+        self,
+        layers: tuple[LayerState, ...],
+        ids: npt.NDArray[np.uint32],
+        first: int,
+        want_logits: bool = True,
+        every: bool = False,
     ) -> tuple[tuple[LayerState, ...], Array | None]:
         """Run T tokens at positions first, first + 1, ... over a state of `first` tokens.
 
-        Returns the new layer states (the old ones stay valid) and the (vocab,) logits after the last token, or None.
+        Returns the new layer states (the old ones stay valid) and the (vocab,) logits after the last token, or None;
+        every: the (T, vocab) logits after each token, for measuring the model.
         """
         ops, c = self.ops, self.config
         positions = first + np.arange(len(ids), dtype=np.int64)
@@ -239,9 +245,10 @@ class Model:
                 ops.start([streams, *state_arrays(after[-LAYERS_PER_START:])])
         if not want_logits:
             return tuple(after), None
-        last = collapse_streams(ops, self.weights.hc_head, streams[-1:], hc_eps=c.hc_eps, norm_eps=c.norm_eps)
+        read = streams if every else streams[-1:]
+        last = collapse_streams(ops, self.weights.hc_head, read, hc_eps=c.hc_eps, norm_eps=c.norm_eps)
         logits = ops.linear(self.weights.head, ops.norm(last, self.weights.norm, c.norm_eps))
-        return tuple(after), logits[0]
+        return tuple(after), logits if every else logits[0]
 
     def _step(self, number: int, asks: bool, compiled: bool) -> Callable[..., Any]:
         """From what layer `number` mixed to what layer `number + 1` projects: all that depends on no state.
