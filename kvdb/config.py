@@ -123,6 +123,7 @@ PARAMETERS: dict[str, Parameter] = {
            choices=("allchannels", "resetchannels")),
         _p("enable-debug-command", "choice", "no", "who may use DEBUG", live=False, choices=("no", "yes", "local")),
         _p("tls-port", "int", 0, "TLS port, 0 for none", live=False, high=65535),
+        _p("http-tls-port", "int", 0, "HTTPS port, 0 for none", live=False, high=65535),
         _p("tls-cert-file", "text", "", "certificate of the server, PEM", live=False),
         _p("tls-key-file", "text", "", "its key, PEM", live=False),
         _p("tls-key-file-pass", "text", "", "password of the key", live=False, secret=True),

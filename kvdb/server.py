@@ -107,7 +107,7 @@ async def serve(settings: config.Config) -> int:
     gateway = None
     code = 0
     try:
-        if settings.number("http-port"):
+        if settings.number("http-port") or settings.number("http-tls-port"):
             gateway = await start_gateway(server)
         await server.ended.wait()
     finally:

@@ -120,6 +120,7 @@ def _stats(server: Server) -> Fields:
         "pubsub_patterns": len(server.pubsub.patterns),
         "client_output_buffer_limit_disconnections": counts.output_limit_disconnections,
         "total_error_replies": sum(counts.errors.values()),
+        "total_http_requests": counts.http_requests.total(),
         "acl_access_denied_auth": counts.auth_failures,
     }
 

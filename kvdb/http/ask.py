@@ -105,7 +105,8 @@ class End:
 class Done:
     """The whole answer is over, and what must be stored is stored.
 
-    cached_tokens + what was computed = prompt_tokens. session, snapshot: the keys, where the request named them.
+    cached_tokens + what was computed = prompt_tokens. session, snapshot: the keys, where the request named them; a
+    snapshot that could not be stored (a full disk costs the state, not the answer) is not named.
     """
 
     prompt_tokens: int

@@ -8,6 +8,7 @@ import ipaddress
 import json
 import logging
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,11 @@ from kvdb.http.memory import Memory
 from kvdb.http.messages_api import MessagesDialect, parse_messages
 from kvdb.http.prompt import make_prompt
 from kvdb.http.responses_api import ResponsesDialect, parse_responses
-from kvdb.http.sse import error_response, respond
+from kvdb.http.sse import GONE, error_response, respond
 from kvdb.http.text_api import TextDialect, parse_text
 from kvdb.http.turn import answer
 from kvdb.net import metrics
+from kvdb.net.listeners import tls_context
 from kvdb.session import Model
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvdb.http")
 
 MAX_BODY_BYTES = 64 << 20  # as ds4
-_STOP_S = 5
+_STOP_S = 5  # clients may take so long to read the end of their answers
 _SESSION_HEADER, _SNAPSHOT_HEADER = "x-kvdb-session", "x-kvdb-snapshot"
 
 Handler = Callable[["Gateway", Request], Awaitable[Response]]
@@ -57,17 +59,23 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-async def read_body(request: Request) -> Fields:
-    """The request's JSON object. Raises BadRequest."""
+async def read_body(gateway: Gateway, request: Request) -> Fields:
+    """The request's JSON object. Raises BadRequest, and what `user_of` raises before a byte of it is read."""
+    gateway.user_of(request)
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
         if len(data) > MAX_BODY_BYTES:
             raise BadRequest(f"the body is over {MAX_BODY_BYTES} bytes", status=413)
     try:
-        return Fields(json.loads(data))
+        tree = json.loads(data)
+        if b"\\ud" in data.lower():
+            json.dumps(tree, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadRequest("the body has half a surrogate pair: text that was cut inside a character") from None
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
+    return Fields(tree)
 
 
 def open_sockets(hosts: list[str], port: int) -> list[socket.socket]:
@@ -83,13 +91,13 @@ def open_sockets(hosts: list[str], port: int) -> list[socket.socket]:
                 continue
             for one in opened:
                 one.close()
-            raise KvdbError(f"cannot listen on {address} http-port {port}: {error.strerror or error}") from None
+            raise KvdbError(f"cannot listen on {address} HTTP port {port}: {error.strerror or error}") from None
     return opened
 
 
-def _address(listening: socket.socket) -> str:
+def _address(listening: socket.socket, tls: ssl.SSLContext | None) -> str:
     host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class Gateway:
@@ -98,9 +106,8 @@ class Gateway:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.memory = Memory(server.sessions)
-        self.app = Starlette(routes=list(self._routes()), exception_handlers={HTTPException: _unknown})
-        self._http: _HttpServer | None = None
-        self._task: asyncio.Task[None] | None = None
+        self.app = Starlette(routes=list(self._routes()), exception_handlers={HTTPException: self._unknown})
+        self._running: list[tuple[_HttpServer, asyncio.Task[None]]] = []
 
     def _routes(self) -> Iterator[Route]:
         table: tuple[tuple[str, str, Handler, Any], ...] = (
@@ -117,18 +124,28 @@ class Gateway:
             ("POST", "/v1/messages/count_tokens", count_tokens, anthropic_body),
         )
         for method, path, handler, shape in table:
-            yield Route(path, self._guarded(handler, shape), methods=[method])
+            yield Route(path, self._guarded(path.replace(":path", ""), handler, shape), methods=[method])
 
-    def _guarded(self, handler: Handler, shape: Callable[[KvdbError], dict[str, Any]]) -> Any:
+    def _guarded(self, path: str, handler: Handler, shape: Callable[[KvdbError], dict[str, Any]]) -> Any:
         async def endpoint(request: Request) -> Response:
             try:
-                return await handler(self, request)
+                response = await handler(self, request)
             except ClientDisconnect:
-                return Response(status_code=499)
+                response = Response(status_code=GONE)
             except Exception as error:
-                return error_response(shape, error)
+                response = error_response(shape, error)
+            self.server.statistics.http_requests[path, response.status_code] += 1
+            return response
 
         return endpoint
+
+    async def _unknown(self, request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        self.server.statistics.http_requests["other", status] += 1
+        what = f"{request.method} {request.url.path}"
+        found = BadRequest(f"there is no {what} here" if status == 404 else f"{what}: {error}", status=status)
+        shape = anthropic_body if request.url.path.startswith("/v1/messages") else openai_body
+        return JSONResponse(shape(found), status_code=status)
 
     def base_of(self, request: Request, fields: Fields) -> dict[str, Any]:
         """What every request says, whatever its dialect: who asks, which model, which session and snapshot."""
@@ -160,35 +177,46 @@ class Gateway:
         return self.server.sessions.model(name)
 
     async def start(self) -> None:
-        """Listen on `http-port` of every address of `bind`. Raises KvdbError when the port cannot be had."""
-        hosts, port = list(self.server.config.words("bind")), self.server.config.number("http-port")
-        config = uvicorn.Config(
-            self.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_STOP_S
-        )
+        """Listen on `http-port` and `http-tls-port` of every address of `bind`.
+
+        Raises KvdbError when a port cannot be had or the TLS files cannot be used.
+        """
+        config = self.server.config
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # the daemon says itself that it listens
-        sockets = open_sockets(hosts, port)
         await self.memory.wake()
-        self._http = _HttpServer(config)
-        self._task = asyncio.create_task(self._http.serve(sockets=sockets))
-        while not self._http.started and not self._task.done():
+        if config.number("http-port"):
+            await self._listen(config.number("http-port"), None)
+        if config.number("http-tls-port"):
+            await self._listen(config.number("http-tls-port"), tls_context(config))
+
+    async def _listen(self, port: int, tls: ssl.SSLContext | None) -> None:
+        config = uvicorn.Config(
+            self.app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=_STOP_S,
+            limit_concurrency=self.server.config.number("maxclients"),
+        )
+        config.load()
+        config.ssl = tls  # the daemon's own settings, with client certificates, which uvicorn's options do not all have
+        sockets = open_sockets(list(self.server.config.words("bind")), port)
+        http = _HttpServer(config)
+        task = asyncio.create_task(http.serve(sockets=sockets))
+        while not http.started and not task.done():
             await asyncio.sleep(0.005)
-        if self._task.done():
-            self._task.result()
-        log.info("HTTP on %s", ", ".join(_address(one) for one in sockets))
+        if task.done():
+            task.result()
+        self._running.append((http, task))
+        log.info("HTTP on %s", ", ".join(_address(one, tls) for one in sockets))
 
     async def stop(self) -> None:
-        """Stop listening; answers under way get a few seconds, then they are cancelled."""
-        if self._http is not None and self._task is not None:
-            self._http.should_exit = True
-            await self._task
-
-
-async def _unknown(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    what = f"{request.method} {request.url.path}"
-    found = BadRequest(f"there is no {what} here" if status == 404 else f"{what}: {error}", status=status)
-    shape = anthropic_body if request.url.path.startswith("/v1/messages") else openai_body
-    return JSONResponse(shape(found), status_code=status)
+        """Stop listening and end the answers under way, as at a shutdown all work ends."""
+        self.server.sessions.stop_work()
+        for http, _ in self._running:
+            http.should_exit = True
+        for _, task in self._running:
+            await task
 
 
 def _usage_wanted(fields: Fields) -> bool:
@@ -202,21 +230,21 @@ async def _answer(gateway: Gateway, request: Request, fields: Fields, ask: Ask, 
 
 async def chat(gateway: Gateway, request: Request) -> Response:
     """POST /v1/chat/completions."""
-    fields = await read_body(request)
+    fields = await read_body(gateway, request)
     ask = parse_chat(fields, gateway.base_of(request, fields))
     return await _answer(gateway, request, fields, ask, ChatDialect(ask, include_usage=_usage_wanted(fields)))
 
 
 async def text(gateway: Gateway, request: Request) -> Response:
     """POST /v1/completions."""
-    fields = await read_body(request)
+    fields = await read_body(gateway, request)
     ask = parse_text(fields, gateway.base_of(request, fields))
     return await _answer(gateway, request, fields, ask, TextDialect(ask, include_usage=_usage_wanted(fields)))
 
 
 async def responses(gateway: Gateway, request: Request) -> Response:
     """POST /v1/responses."""
-    fields = await read_body(request)
+    fields = await read_body(gateway, request)
     ask, new = parse_responses(fields, gateway.base_of(request, fields), gateway.memory)
     return await _answer(gateway, request, fields, ask, ResponsesDialect(ask, fields, new, gateway.memory))
 
@@ -257,14 +285,14 @@ async def prometheus(gateway: Gateway, request: Request) -> Response:
 
 async def messages(gateway: Gateway, request: Request) -> Response:
     """POST /v1/messages."""
-    fields = await read_body(request)
+    fields = await read_body(gateway, request)
     ask = parse_messages(fields, gateway.base_of(request, fields))
     return await _answer(gateway, request, fields, ask, MessagesDialect(ask))
 
 
 async def count_tokens(gateway: Gateway, request: Request) -> Response:
     """POST /v1/messages/count_tokens."""
-    fields = await read_body(request)
+    fields = await read_body(gateway, request)
     ask = parse_messages(fields, gateway.base_of(request, fields), is_count=True)
     prompt = await make_prompt(ask, gateway.memory)
     return JSONResponse({"input_tokens": len(prompt.ids)})

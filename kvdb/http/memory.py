@@ -26,6 +26,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgpack
 from blake3 import blake3
@@ -92,6 +93,11 @@ def _message(message: Message) -> list[Any]:
     return [role, _text(message.get("content")).strip(), calls]
 
 
+def next_hash(current: bytes, message: Message) -> bytes:
+    """The hash of a conversation that goes on with this message, which is no system message."""
+    return blake3(current + msgpack.packb(_message(message))).digest()
+
+
 def turn_hashes(ask: Ask, messages: Sequence[Message]) -> list[bytes]:
     """The hash of the conversation after each message."""
     system = "\n\n".join(_text(message.get("content")) for message in messages if message.get("role") in _SYSTEM)
@@ -101,7 +107,7 @@ def turn_hashes(ask: Ask, messages: Sequence[Message]) -> list[bytes]:
     hashes = []
     for message in messages:
         if message.get("role") not in _SYSTEM:
-            current = blake3(current + msgpack.packb(_message(message))).digest()
+            current = next_hash(current, message)
         hashes.append(current)
     return hashes
 
@@ -117,7 +123,8 @@ class Memory:
         self.keyspace = sessions.keyspace
         self._lengths: list[int] = []  # of the texts that have an anchor, ascending; some may have expired
         self._idle: OrderedDict[bytes, bytes] = OrderedDict()  # turn hash -> session key
-        self._locks: dict[bytes, asyncio.Lock] = {}
+        # A lock lives as long as someone holds it or waits for it.
+        self._locks: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
     async def wake(self) -> None:
         """At the start of a daemon: learn what is there, and drop the sessions that nobody can go on with."""
@@ -176,8 +183,15 @@ class Memory:
         except KvdbError as error:
             log.warning("anchor %s is not used: %s", key.decode(errors="replace"), error.wire)
             return None
-        self.keyspace.put(DB, key, entry._replace(expire_ms=now_ms() + KEEP_MS))
+        # The key may have been deleted, evicted or stored anew while the ids were read: only what is there is kept.
+        self._keep_for(key, KEEP_MS)
         return ids
+
+    def _keep_for(self, key: bytes, keep_ms: int) -> None:
+        """Let a key, if it is still there, expire so long from now."""
+        entry = self.keyspace.get(DB, key)
+        if entry is not None:
+            self.keyspace.put(DB, key, entry._replace(expire_ms=now_ms() + keep_ms))
 
     async def find_turn(self, hashes: Sequence[tuple[int, bytes]]) -> tuple[int, bytes, array[int]] | None:
         """The last remembered turn among (number, hash) pairs, latest first: its number, hash and token ids."""
@@ -193,10 +207,7 @@ class Memory:
 
     def supersede(self, turn: bytes) -> None:
         """Another turn has followed this one: from now on only a retry can use its anchor."""
-        key = b"http:turn:" + turn.hex().encode()
-        entry = self.keyspace.get(DB, key)
-        if entry is not None:
-            self.keyspace.put(DB, key, entry._replace(expire_ms=now_ms() + RETRY_KEEP_MS))
+        self._keep_for(b"http:turn:" + turn.hex().encode(), RETRY_KEEP_MS)
 
     async def keep_prompt(self, ids: array[int], name: bytes, reason: Reason, keep_ms: int) -> bool:
         """Anchor a state within a prompt."""
@@ -282,9 +293,6 @@ class Memory:
 
     def lock(self, name: bytes) -> asyncio.Lock:
         """The lock of a named session: answers in it are made one after the other."""
-        free = [known for known, lock in self._locks.items() if not lock.locked() and known != name]
-        for known in free:
-            del self._locks[known]
         return self._locks.setdefault(name, asyncio.Lock())
 
     def model_of(self, name: str | None) -> Model:

@@ -41,7 +41,7 @@ def messages_of(value: Any) -> list[Message]:
     result: list[Message] = []
 
     def assistant() -> Message:
-        if not result or result[-1]["role"] != "assistant" or result[-1].get("closed"):
+        if not result or result[-1]["role"] != "assistant":
             result.append({"role": "assistant", "content": ""})
         return result[-1]
 
@@ -104,7 +104,8 @@ def parse_responses(fields: Fields, base: dict[str, Any], memory: Memory) -> tup
     fields.refuse("conversation", (), "use previous_response_id")
     fields.refuse("background", (False,), "an answer is made while the client waits")
     fields.refuse("prompt", (), "templates are not stored here")
-    fields.refuse("include", ([],), "nothing can be included")
+    # Coding agents ask for the reasoning in encrypted form; it is in the answer as text, so they miss nothing.
+    fields.refuse("include", ([], ["reasoning.encrypted_content"]), "nothing else can be included")
     form = (fields.get("text", dict) or {}).get("format") or {}
     if form.get("type", "text") != "text":
         raise BadRequest(f"text.format {form['type']} is not supported", "text.format")

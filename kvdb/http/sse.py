@@ -13,15 +13,18 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Protocol
 
+import anyio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from kvdb.engine_client import finish
 from kvdb.errors import KvdbError
 from kvdb.http.ask import Answer, Ask, Event
 from kvdb.http.errors import seen, status_of
 
 KEEP_ALIVE_S = 5.0
 STATUS_WAIT_S = 1.0
+GONE = 499  # what is counted for a client that went away before its answer
 _END = object()
 
 
@@ -84,8 +87,10 @@ class _Running:
     async def close(self) -> None:
         """Cancel, and wait until the sessions are in order again."""
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        # Whoever leaves is often being cancelled itself, again at each await; the answer must be cancelled only once,
+        # so that it comes to the end of its tidying.
+        with anyio.CancelScope(shield=True), contextlib.suppress(asyncio.CancelledError):
+            await finish(self._task)
 
 
 def error_response(dialect_error: Callable[[KvdbError], dict[str, Any]], error: BaseException) -> Response:
@@ -108,7 +113,7 @@ async def respond(
         try:
             await asyncio.wait({gone, collecting}, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
-                return Response(status_code=499)  # nobody reads this
+                return Response(status_code=GONE)  # nobody reads this
             collecting.result()
         except Exception as error:
             return error_response(dialect.error_body, error)

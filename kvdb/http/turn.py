@@ -15,9 +15,9 @@ from dataclasses import replace
 import numpy as np
 
 from kvdb import branches, timelines
-from kvdb.errors import KvdbError, TooLongError
+from kvdb.errors import CancelledError, EngineDownError, KvdbError, TooLongError
 from kvdb.http.ask import Ask, Begin, Done, End, Event, Message, TokenLogprob
-from kvdb.http.memory import DB, KEEP_MS, RETRY_KEEP_MS, Memory, turn_hashes
+from kvdb.http.memory import DB, KEEP_MS, RETRY_KEEP_MS, Memory, next_hash
 from kvdb.http.prompt import Prompt, make_prompt
 from kvdb.http.reader import ChoiceReader
 from kvdb.store.rows import Reason
@@ -37,15 +37,16 @@ Queue = asyncio.Queue[Event | BaseException]
 
 async def answer(memory: Memory, ask: Ask) -> AsyncGenerator[Event, None]:
     """The events of an answer, in order; the last one is Done. Raises KvdbError."""
-    if ask.session is None:
-        async with contextlib.aclosing(_answer(memory, ask, None)) as events:
+    name = ask.session.encode() if ask.session is not None else None
+    turns = memory.lock(name) if name is not None else contextlib.nullcontext()
+    try:
+        async with turns, contextlib.aclosing(_answer(memory, ask, name)) as events:
             async for event in events:
                 yield event
-        return
-    name = ask.session.encode()
-    async with memory.lock(name), contextlib.aclosing(_answer(memory, ask, name)) as events:
-        async for event in events:
-            yield event
+    except CancelledError:
+        if ask.model.client.is_closing:  # nobody asked for this: to the client the server is away for a moment
+            raise EngineDownError("the daemon is shutting down; ask again when it is back") from None
+        raise
 
 
 async def _answer(memory: Memory, ask: Ask, named: bytes | None) -> AsyncGenerator[Event, None]:
@@ -55,6 +56,9 @@ async def _answer(memory: Memory, ask: Ask, named: bytes | None) -> AsyncGenerat
         raise TooLongError(
             f"the prompt has {len(prompt.ids)} tokens; the context of {ask.model.info.name} is {context}"
         )
+    snapshot = ask.snapshot.encode() if ask.snapshot is not None else None
+    if snapshot is not None and memory.keyspace.exists(DB, snapshot):
+        memory.sessions.snapshot_value(DB, snapshot)  # a key of another type is refused before the work, not after it
     first = named if named is not None else memory.take_session(prompt.turn)
     names = [first, *(b"http:session:" + secrets.token_hex(12).encode() for _ in range(ask.n - 1))]
     left: dict[bytes, bytes | None] = dict.fromkeys(names)  # what each session stands at when we are done
@@ -79,16 +83,14 @@ async def _answer(memory: Memory, ask: Ask, named: bytes | None) -> AsyncGenerat
             yield event
         for name, reader in zip(names, readers, strict=True):
             left[name] = await _keep(memory, ask, prompt, name, reader)
-        snapshot = ask.snapshot
-        if snapshot is not None:
-            await memory.anchor(snapshot.encode(), first, Reason.MANUAL, keep_ms=0)
+        is_stored = snapshot is not None and await memory.anchor(snapshot, first, Reason.MANUAL, keep_ms=0)
         yield Done(
             prompt_tokens=len(prompt.ids),
             cached_tokens=cached,
             completion_tokens=sum(reader.n_tokens for reader in readers),
             reasoning_tokens=sum(reader.n_reasoning_tokens for reader in readers),
             session=ask.session,
-            snapshot=snapshot,
+            snapshot=ask.snapshot if is_stored else None,
         )
     finally:
         for worker in workers:
@@ -202,7 +204,7 @@ async def _keep(memory: Memory, ask: Ask, prompt: Prompt, name: bytes, reader: C
         said["tool_calls"] = [
             {"id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in reader.calls
         ]
-    turn = turn_hashes(ask, [*ask.messages, said])[-1]
+    turn = next_hash(prompt.asked, said)
     if not await memory.keep_turn(turn, name):
         return None
     if prompt.turn is not None:

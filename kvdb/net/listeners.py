@@ -110,7 +110,7 @@ def tls_context(config: Config) -> ssl.SSLContext:
     """The server side's TLS settings; client certificates as `tls-auth-clients` says."""
     cert, key = config.text("tls-cert-file"), config.text("tls-key-file")
     if not cert or not key:
-        raise KvdbError("tls-port needs tls-cert-file and tls-key-file")
+        raise KvdbError("TLS needs tls-cert-file and tls-key-file")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:

@@ -97,6 +97,9 @@ def _samples(server: Server) -> Iterator[Sample]:
             yield "kvdb_keys", "gauge", "Keys of a database", {"db": str(db)}, size
     for word, count in sorted(counts.errors.items()):
         yield "kvdb_errors_total", "counter", "Error replies by their first word", {"word": word}, count
+    for (path, status), count in sorted(counts.http_requests.items()):
+        labels = {"path": path, "status": str(status)}
+        yield "kvdb_http_requests_total", "counter", "HTTP requests answered", labels, count
     for name, model in server.models.items():
         labels = {"model": name}
         yield "kvdb_engine_running", "gauge", "1 while the model's worker runs", labels, model.client.running

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Statistics:
         self.input_bytes = 0
         self.output_bytes = 0
         self.errors: dict[str, int] = {}
+        self.http_requests: Counter[tuple[str, int]] = Counter()  # by path, `other` for unknown ones, and status
         self.ops_per_second = 0
         self._ops: deque[tuple[float, int]] = deque(maxlen=_SAMPLES)
 

@@ -8,6 +8,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -161,10 +162,32 @@ def test_plain_text_on_the_tls_port(tls_ports: dict[str, int]) -> None:
         assert b"PONG" not in sock.recv(100)
 
 
+def test_https(start: StartDaemon, certificates: Path) -> None:
+    """The HTTP port over TLS, with the same files and the same demand for client certificates."""
+    port = free_port()
+    start(
+        http_tls_port=port,
+        tls_cert_file=certificates / "server.crt",
+        tls_key_file=certificates / "server.key",
+        tls_ca_cert_file=certificates / "ca.crt",
+        tls_auth_clients="yes",
+    )
+    context = ssl.create_default_context(cafile=str(certificates / "ca.crt"))
+    context.check_hostname = False
+    url = f"https://127.0.0.1:{port}/healthz"
+    with pytest.raises(OSError):
+        urllib.request.urlopen(url, timeout=10, context=context).read()
+    context.load_cert_chain(certificates / "client.crt", certificates / "client.key")
+    with urllib.request.urlopen(url, timeout=10, context=context) as reply:
+        assert reply.read() == b"ok\n"
+    with pytest.raises(OSError):
+        urllib.request.urlopen(url.replace("https", "http"), timeout=10)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "tls-port needs tls-cert-file and tls-key-file"),
+        ({}, "TLS needs tls-cert-file and tls-key-file"),
         ({"tls-cert-file": "nosuch", "tls-key-file": "nosuch"}, "cannot use the TLS files"),
     ],
 )

@@ -40,6 +40,15 @@ def test_metrics(start: StartDaemon) -> None:
         'kvdb_command_calls_total{command="set"} 1',
     } <= set(lines)
     assert "kvdb_keyspace_misses_total 1" in lines and "kvdb_writes_refused 0" in lines
+    fetch(port, "/v1/nothing")
+    fetch(port, "/v1/models/nothing")
+    lines = fetch(port, "/metrics")[1].splitlines()
+    assert {
+        'kvdb_http_requests_total{path="/metrics",status="200"} 1',
+        'kvdb_http_requests_total{path="/v1/models/{name}",status="503"} 1',
+        'kvdb_http_requests_total{path="other",status="404"} 1',
+    } <= set(lines)
+    assert b"total_http_requests:4" in wire("INFO", "stats")[1]
     named = [line.split()[2] for line in lines if line.startswith("# TYPE")]
     assert len(named) == len(set(named)), "each metric is described once, and its samples stand together"
 
