@@ -1,7 +1,11 @@
-"""Client programs and libraries that nobody here wrote, against a running daemon. Absent ones are skipped."""
+"""Client programs and libraries that nobody here wrote, against a running daemon.
+
+Absent ones are skipped; with KVDB_NPM_CLIENTS=required (CI, after `npm ci`) an absent npm package is a failure.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -59,7 +63,8 @@ NODE = [
 
 @pytest.mark.parametrize(("package", "program"), NODE)
 def test_node(port: int, package: str, program: str) -> None:
-    """Needs `npm install` in tests/clients."""
+    """Needs `npm ci` in tests/clients."""
     if shutil.which("node") is None or not (HERE / "node_modules" / package).is_dir():
+        assert os.environ.get("KVDB_NPM_CLIENTS") != "required", f"{package} is not installed"
         pytest.skip(f"node or the npm package {package} is not installed")
     assert "all right" in run("node", program, str(port))
