@@ -51,7 +51,11 @@ async def connector(url: str) -> None:
     from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 
     config = LMCacheEngineConfig.from_defaults(
-        chunk_size=256, local_cpu=False, max_local_cpu_size=0.06, remote_url=url, extra_config={"save_chunk_meta": False}
+        chunk_size=256,
+        local_cpu=False,
+        max_local_cpu_size=0.06,
+        remote_url=url,
+        extra_config={"save_chunk_meta": False},
     )
     # 4 layers, keys and values, 256 tokens, 8 heads of 64: a chunk of 2 MiB.
     metadata = LMCacheMetadata(
