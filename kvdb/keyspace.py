@@ -174,6 +174,16 @@ class Keyspace:
             return entry._replace(value=self._read_string(entry[2]))
         return entry
 
+    def peek(self, db: int, key: bytes) -> Entry | None:
+        """What a key holds if that is in memory, whole and known not to be changed by a lower layer; else None.
+
+        Neither reads the index nor deletes what has expired.
+        """
+        entry = self._maps[db].get(key)
+        if entry is None and self._frozen is None and key not in self._maps[db] and db not in self._active.cleared:
+            entry = self._clean[db].get(key)
+        return entry if entry is None or type(entry[2]) is not StringRef else None
+
     def exists(self, db: int, key: bytes) -> bool:
         """Whether a key holds something. Reads no large string, so damaged ones can be listed and deleted."""
         entry: Entry | None = self._maps[db].get(key, _MISSING)

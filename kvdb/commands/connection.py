@@ -21,7 +21,7 @@ REDIS_VERSION = "7.2.0"
 def ping(client: Client, args: list[bytes]) -> Reply:
     """PONG, or the message; in RESP2 subscriber mode an array."""
     if not args:
-        if client.resp == 2 and client.is_subscriber:
+        if client.gated and client.resp == 2 and client.is_subscriber:
             return [b"pong", b""]
         return PONG
     if len(args) > 1:

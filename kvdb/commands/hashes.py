@@ -67,6 +67,14 @@ def store(client: Client, key: bytes, fields: Fields, expire_ms: int, event: str
 @handler("HSET")
 def hset(client: Client, args: list[bytes]) -> Reply:
     """How many fields are new."""
+    if len(args) == 3:
+        keyspace = client.server.keyspace
+        entry = keyspace.get(client.db, args[0])
+        if entry is not None and type(fields := entry[2]) is Fields and fields.round == keyspace.round:
+            # Written in this round already: the object in the active layer is ours to change where it is.
+            is_new = fields.add(args[1], args[2])
+            changed(client, args[0], "hset", "h")
+            return int(is_new)
     return _set_all(client, args, "hset")
 
 

@@ -14,14 +14,18 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kvdb.commands.spec import Command
-from kvdb_protocol.resp import Reply
+from kvdb_protocol.resp import Reply, Request
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client
 
 Handler = Callable[["Client", list[bytes]], "Reply | Awaitable[Reply]"]
 
+# Answers the first requests of a pipeline that all name its command; see `batch_handler`.
+BatchHandler = Callable[["Client", list[Request]], list[bytes]]
+
 _handlers: dict[str, Handler] = {}
+_batch_handlers: dict[str, BatchHandler] = {}
 
 
 def handler(*names: str) -> Callable[[Handler], Handler]:
@@ -37,15 +41,31 @@ def handler(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
+def batch_handler(name: str) -> Callable[[BatchHandler], BatchHandler]:
+    """Register a second handler of a command that clients pipeline by the thousand.
+
+    It gets what waits from such a request on, and returns the encoded replies to the first of these, as many as it can
+    answer from memory, maybe none: it stops at the first request that is another command or needs the handler itself.
+    """
+
+    def register(fn: BatchHandler) -> BatchHandler:
+        _batch_handlers[name] = fn
+        return fn
+
+    return register
+
+
 class Bound:
     """A command ready to run: its row, its handler, and its counters (the only mutable part)."""
 
     __slots__ = (
+        "batch_fn",
         "calls",
         "command",
         "failed_calls",
         "fn",
         "is_write",
+        "lengths",
         "max_args",
         "min_args",
         "n_names",
@@ -58,9 +78,12 @@ class Bound:
     def __init__(self, command: Command, fn: Handler | None) -> None:
         self.command = command
         self.fn = fn
+        self.batch_fn = _batch_handlers.get(command.name)
         self.n_names = 1 + command.name.count(" ")
         self.min_args = abs(command.arity)
         self.max_args = command.arity if command.arity > 0 else 1 << 31
+        # Lengths of requests, name included, that this entry takes; none if only its subcommands can be run.
+        self.lengths = range(self.min_args, self.max_args + 1) if fn is not None else range(0)
         self.is_write = "write" in command.flag_set or command.name == "EXEC"
         self.waits = inspect.iscoroutinefunction(fn)
         self.subcommands: dict[bytes, Bound] = {}
@@ -89,6 +112,7 @@ def build(table: Iterable[Command]) -> dict[bytes, Bound]:
             parent = bound[container.encode()]
             parent.subcommands[sub.encode()] = entry
             parent.max_args = 1  # with any argument it is the subcommand's turn
+            parent.lengths = range(parent.lengths.start, 2) if parent.lengths else parent.lengths
         else:
             bound[container.encode()] = entry
     extra = set(_handlers) - used

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvdb.commands.access import changed, delete, read_string, string_entry, write_string
 from kvdb.commands.parse import SYNTAX, expiry_ms, is_expiry_option, now_ms, parse_int
-from kvdb.commands.registry import handler
+from kvdb.commands.registry import batch_handler, handler
 from kvdb.errors import KvdbError, WrongTypeError
-from kvdb.store.entries import Entry, EntryType
-from kvdb_protocol.resp import OK, Reply
+from kvdb.store.entries import Entry, EntryType, Value
+from kvdb_protocol.resp import BULK_HEADERS, OK, SHORT_BYTES, Reply, Request
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client
 
 _STRING = EntryType.STRING
+# An entry from a tuple of its three fields, in half the time that Entry() takes: for SET.
+_new_entry: Callable[[tuple[EntryType, int, Value]], Entry] = partial(tuple.__new__, Entry)
 
 
 @handler("GET")
 def get(client: Client, args: list[bytes]) -> Reply:
     """The value, or null."""
-    return read_string(client, args[0])
+    entry = client.server.keyspace.get(client.db, args[0])
+    if entry is None or entry[0] is not _STRING:
+        return read_string(client, args[0])
+    client.server.statistics.keyspace_hits += 1
+    return entry[2]  # type: ignore[return-value]
+
+
+@batch_handler("GET")
+def get_batch(client: Client, requests: list[Request]) -> list[bytes]:
+    """Short values that are in memory and do not expire."""
+    peek, db = client.server.keyspace.peek, client.db
+    replies = []
+    for request in requests:
+        if len(request) != 2 or request[0] != b"GET":
+            break
+        entry = peek(db, request[1])
+        if entry is None or entry[1] or type(value := entry[2]) is not bytes or len(value) >= SHORT_BYTES:
+            break
+        replies.append(b"".join((BULK_HEADERS[len(value)], value, b"\r\n")))
+    client.server.statistics.keyspace_hits += len(replies)
+    return replies
 
 
 @handler("SET")
@@ -28,7 +52,7 @@ def set_(client: Client, args: list[bytes]) -> Reply:
     """Store a value under the conditions and with the expiry asked for."""
     if len(args) == 2:
         server = client.server
-        server.keyspace.put(client.db, args[0], Entry(_STRING, 0, args[1]))
+        server.keyspace.put(client.db, args[0], _new_entry((_STRING, 0, args[1])))
         if server.observers.is_active:
             server.observers.changed(client.db, args[0], "set", "$")
         return OK

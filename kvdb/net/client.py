@@ -17,7 +17,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from kvdb.commands import dispatch
-from kvdb_protocol.resp import Encoded, Push, Reply, Request, RequestParser, encode, encode_error
+from kvdb_protocol.resp import (
+    BULK_HEADERS,
+    SHORT_BYTES,
+    Encoded,
+    Push,
+    Reply,
+    Request,
+    RequestParser,
+    encode,
+    encode_error,
+)
 
 if TYPE_CHECKING:
     from kvdb.commands.registry import Bound
@@ -28,6 +38,7 @@ log = logging.getLogger("kvdb")
 
 _WRITE_BUFFER_BYTES = 256 * 1024  # the transport asks us to stop above this
 _BATCH_BYTES = 128 * 1024  # replies of one batch that are joined before they go to the transport
+_BATCH_REQUESTS = 64  # how many a batch handler is shown at once
 _WAITING_BYTES = 64 * 1024  # received while an earlier request waits; above this the socket is not read
 
 
@@ -166,17 +177,12 @@ class Client(asyncio.Protocol):
         self._running = True
         self._held = False
         bound: Bound | None = None
+        out_bytes = 0
         began = clock()
         while at < n_waiting and not self._stopped:
             request = waiting[at]
             bound = commands.get(request[0])
-            is_plain = not (
-                bound is None
-                or self.gated
-                or server.gated
-                or not bound.min_args <= len(request) <= bound.max_args
-                or bound.fn is None
-            )
+            is_plain = bound is not None and len(request) in bound.lengths and not (self.gated or server.gated)
             if not is_plain:
                 if server.gated and dispatch.is_held(self, request):
                     self._held = True
@@ -188,17 +194,35 @@ class Client(asyncio.Protocol):
                 self._mute_last()
                 began = clock()
                 continue
+            if is_plain and bound.batch_fn is not None and at < n_waiting:
+                replies = bound.batch_fn(self, waiting[at - 1 : at - 1 + _BATCH_REQUESTS])
+                if replies:
+                    at += len(replies) - 1
+                    ended = clock()
+                    bound.calls += len(replies)
+                    bound.seconds += ended - began
+                    began = ended
+                    out += replies
+                    out_bytes += sum(map(len, replies))
+                    if out_bytes > _BATCH_BYTES:
+                        self.flush()
+                        out_bytes = 0
+                    continue
             try:
                 reply: Any = bound.fn(self, request[bound.n_names :])  # type: ignore[misc]
                 kind = type(reply)
                 if kind is bytes:
-                    if len(reply) > _BATCH_BYTES and is_plain and not bound.is_write:
+                    n_bytes = len(reply)
+                    if n_bytes < SHORT_BYTES:
+                        encoded = b"".join((BULK_HEADERS[n_bytes], reply, b"\r\n"))
+                    elif n_bytes > _BATCH_BYTES and is_plain and not bound.is_write:
                         # Sent from where it is: joining it with its frame would be one more copy.
-                        self.add_reply(b"$%d\r\n" % len(reply))
+                        self.add_reply(b"$%d\r\n" % n_bytes)
                         self.add_reply(reply)
+                        out_bytes += n_bytes
                         encoded = b"\r\n"
                     else:
-                        encoded = b"$%d\r\n%b\r\n" % (len(reply), reply)
+                        encoded = b"$%d\r\n%b\r\n" % (n_bytes, reply)
                 elif kind is Encoded:
                     encoded = reply.data
                 elif kind is int:
@@ -220,15 +244,16 @@ class Client(asyncio.Protocol):
             bound.seconds += took
             if took >= server.slow_seconds:
                 server.note_slow(self, request, took)
-            if server.durable_writes and bound.is_write:
+            if bound.is_write and server.durable_writes:
                 self._pending_writes.append(len(out))
             out.append(encoded)
-            self._out_bytes += len(encoded)
+            out_bytes += len(encoded)
             if not is_plain:
                 self.last_bound = bound
                 self._mute_last()
-            if self._out_bytes > _BATCH_BYTES:
+            if out_bytes > _BATCH_BYTES:
                 self.flush()
+                out_bytes = 0
         else:
             if at:
                 self.last_bound = bound or self.last_bound
@@ -283,7 +308,10 @@ class Client(asyncio.Protocol):
             self.send_now()
             self.last_bound = bound
             try:
-                encoded = encode(await work, self.resp)
+                result = await work
+                if bound.is_write and self.server.durable_writes and self.server.keyspace.is_dirty:
+                    await self.server.keyspace.flush()
+                encoded = encode(result, self.resp)
             except Exception as error:
                 encoded = dispatch.error_reply(self, bound, error)
             took = time.perf_counter() - began
@@ -375,7 +403,7 @@ class Client(asyncio.Protocol):
     def output_buffer_bytes(self) -> int:
         """Bytes that wait to be sent."""
         waiting = self.transport.get_write_buffer_size() if self.transport is not None else 0
-        return self._out_bytes + waiting
+        return sum(map(len, self._out)) + waiting
 
     @property
     def is_subscriber(self) -> bool:

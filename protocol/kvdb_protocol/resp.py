@@ -30,6 +30,9 @@ _HUGE_COUNT = re.compile(rb"\*[0-9]{6}")
 # The usual counts of arguments and their headers, and the headers of arguments of usual lengths.
 _COUNTS = {b"*%d" % count: count for count in range(1, 65)}
 _header = tuple(b"$%d" % n_bytes for n_bytes in range(1025)).__getitem__
+# Bulk strings below this size have the header of their reply ready.
+SHORT_BYTES = 1024
+BULK_HEADERS = tuple(b"$%d\r\n" % n_bytes for n_bytes in range(SHORT_BYTES))
 # Above this a chunk is most likely part of one large value: copying it into hiredis' buffer would be for nothing.
 _FAST_CHUNK_BYTES = 256 * 1024
 # Bulk strings at least this large get a buffer of their own size at once; smaller ones are cut out of the input.
