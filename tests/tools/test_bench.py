@@ -14,7 +14,7 @@ from kvdb_tools.bench.commands import _measure
 from kvdb_tools.bench.main import cell_text
 from kvdb_tools.bench.plot import draw
 from kvdb_tools.bench.registry import SCENARIOS
-from kvdb_tools.bench.scenario import Bars, MissingError, Result, Scenario
+from kvdb_tools.bench.scenario import Bars, Curve, Curves, MissingError, Result, Scenario
 from kvdb_tools.bench.session50 import unique_bytes, whole_state
 
 # The geometry of DeepSeek V4 Flash.
@@ -80,10 +80,32 @@ def test_what_cannot_run_fails_and_the_rest_goes_on(toy: None) -> None:
     assert CliRunner().invoke(main, []).exit_code == 2
 
 
+def test_a_claim_that_fails_is_an_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    for holds in (True, False):
+        result = Result("toy", ("what",), [["a"]], claims=[("one is more than two", holds), ("all is well", True)])
+        monkeypatch.setitem(SCENARIOS, "commands", Scenario("commands", "", lambda _, found=result: found))
+        done = CliRunner().invoke(main, ["commands"])
+        assert done.exit_code == (0 if holds else 1)
+        assert f"{'holds' if holds else 'DOES NOT HOLD'}: one is more than two" in done.stdout
+        assert "holds: all is well" in done.stdout
+        told = json.loads(CliRunner().invoke(main, ["commands", "--json"]).stdout)["results"]["commands"]["claims"]
+        assert told[0] == {"claim": "one is more than two", "holds": holds}
+
+
 def test_a_chart_is_a_picture(toy: None, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     done = CliRunner().invoke(main, ["commands", "--plot", str(tmp_path / "a.png")])
     assert done.exit_code == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_and_bars_in_one_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    measured = Curve([90, 50], [80, 30], [95, 70])
+    panels = {name: {"measured": measured, "formula": Curve([91, 49])} for name in ("one", "two")}
+    curves = Result("curves", ("a",), curves=Curves("%", "steps", [5, 50], panels))
+    bars = Result("bars", ("a",), bars=Bars("s", ["a"], {"x": [1.0]}))
+    draw([curves, bars], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -101,7 +123,7 @@ def test_redis_benchmark_is_read_behind_its_warnings(monkeypatch: pytest.MonkeyP
     )
     done = subprocess.CompletedProcess([], 0, text, "")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    assert _measure("redis-benchmark", 1, "set", 1, 10) == (1000.0, 0.3, 0.5)
+    assert _measure("redis-benchmark", 1, "set", (50, 1), 10) == (1000.0, 0.3, 0.5)
 
 
 def test_cells_are_for_people() -> None:

@@ -72,6 +72,7 @@ def main(
         from kvdb_tools.bench.plot import draw
 
         draw(list(results.values()), plot)
+    failed = failed or not all(holds for result in results.values() for _, holds in result.claims)
     raise SystemExit(1 if failed else 0)
 
 
@@ -88,6 +89,8 @@ def show(console: Console, result: Result) -> None:
     for row in result.rows:
         table.add_row(*(cell_text(cell) for cell in row))
     console.print(table)
+    for text, holds in result.claims:
+        console.print(f"{'holds' if holds else 'DOES NOT HOLD'}: {text}", style="" if holds else "red", markup=False)
 
 
 def cell_text(cell: Cell) -> str:

@@ -4,6 +4,10 @@ The model works through chains of requests; each step is tried from its snapshot
 and the number of tries is kept. A step that never came out right is carried out for the model, so that the chain goes
 on. A run of N steps succeeds with k tries a step when none of its steps took more than k. Runs are cut from the chains
 without overlap, so all of them began in a right state, and runs for different k are the same runs.
+
+Two predictions stand beside what was measured. The formula (1-(1-p)^k)^N takes all tries for independent, that is all
+steps for equally hard. (1-q_k)^N takes only the steps for independent of each other: q_k is the measured share of steps
+that failed k tries in a row, which counts the hard ones as what they are.
 """
 
 from __future__ import annotations
@@ -21,12 +25,13 @@ from kvdb_engine.chat import chat_ids, render_chat, segment_ids
 from kvdb_engine.dsml import ReplyParser, ToolCall
 from kvdb_engine.tokenizer import DSML, Tokenizer
 from kvdb_tools.bench.agent_task import TOOLS, Request, Task, is_right
-from kvdb_tools.bench.scenario import Bars, Result, Settings
+from kvdb_tools.bench.scenario import Curve, Curves, Result, Settings
 from kvdb_tools.daemon import Daemon
 
 LENGTHS = (5, 10, 20, 50, 100)
 TRIES = (1, 2, 3, 10)
 COST_TOKENS = 8192
+LEAST_RATIO = 100  # how many times as long a prefill must take as a RESTORE
 _STOP = f"</{DSML}tool_calls>"
 _TEMPERATURE = 1.0
 # The model's own distribution. A min_p of 0.05, the default, drops unlikely tokens; where the right one is among them
@@ -152,40 +157,70 @@ def expected(p: float, length: int, k: int) -> float:
 
 
 def make_result(tries: list[list[int]], cost: Cost) -> Result:
-    """The table: measured success beside the formula's, for each N and k."""
+    """The table: measured success beside the two predictions, for each N and k."""
     steps = [one for chain in tries for one in chain]
-    hits = sum(one == 1 for one in steps)
-    p = hits / len(steps)
-    low, high = wilson(hits, len(steps))
+    failed = {k: sum(one > k for one in steps) for k in TRIES}  # steps that failed k tries in a row
+    n = len(steps)
+    p = 1 - failed[1] / n
+    low, high = wilson(n - failed[1], n)
     columns = ["steps", "runs"]
     for k in TRIES:
-        columns += ["1 try %" if k == 1 else f"{k} tries %", f"{k}: 95 %", f"{k}: formula %"]
+        columns += [f"{_tries(k)} %", f"{k}: 95 %"]
+        columns += ["p^N %"] if k == 1 else [f"{k}: formula %", f"{k}: (1-q)^N %"]
     result = Result("A task whose every step must be right", tuple(columns))
     lengths = [length for length in LENGTHS if length <= len(tries[0])]
-    series: dict[str, list[float]] = {f"{k} {'try' if k == 1 else 'tries'}": [] for k in TRIES}
-    series |= {f"formula, {k}": [] for k in TRIES[:3]}
     for length in lengths:
         row: list[str | int | float | None] = [length, successes(tries, length, 1)[1]]
         for k in TRIES:
-            good, n = successes(tries, length, k)
-            interval = wilson(good, n)
-            row += [round(100 * good / n, 1), f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}"]
-            row.append(round(100 * expected(p, length, k), 2))
-            series[f"{k} {'try' if k == 1 else 'tries'}"].append(100 * good / n)
-            if k in TRIES[:3]:
-                series[f"formula, {k}"].append(100 * expected(p, length, k))
+            good, runs = successes(tries, length, k)
+            interval = wilson(good, runs)
+            row += [f"{100 * good / runs:.1f}", f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}"]
+            row.append(f"{100 * expected(p, length, k):.1f}")
+            if k > 1:
+                row.append(f"{100 * (1 - failed[k] / n) ** length:.1f}")
         result.rows.append(row)
-    result.bars = Bars("runs that succeed, %", [f"{length} steps" for length in lengths], series)
-    never = sum(one > max(TRIES) for one in steps)
+    result.curves = _curves(tries, lengths, p, {k: failed[k] / n for k in TRIES})
     result.notes.append(
-        f"p, one step right at the first try: {p:.3f} (95 %: {low:.3f} to {high:.3f}), {hits} of {len(steps)} steps at"
-        f" temperature {_TEMPERATURE:g}, min_p {_MIN_P:g}; {never} steps did not come out right in {max(TRIES)} tries"
+        f"p, one step right at the first try: {p:.3f} (95 %: {low:.3f} to {high:.3f}), {n - failed[1]} of {n} steps at"
+        f" temperature {_TEMPERATURE:g}, min_p {_MIN_P:g}"
     )
+    shares = []
+    for k in TRIES:
+        low, high = wilson(failed[k], n)
+        shares.append(f"{k}: {100 * failed[k] / n:.2f} ({100 * low:.2f} to {100 * high:.2f})")
+    result.notes.append(f"q, % of steps that failed so many tries in a row: {', '.join(shares)}")
     result.notes.append(
-        "formula: (1-(1-p)^k)^N, which holds if all steps are equally hard; where some are harder, tries help less"
+        "formula: (1-(1-p)^k)^N, which holds if all steps are equally hard; (1-q)^N counts the hard ones"
     )
+    ratio = cost.prefill_ms / cost.restore_ms
     result.notes.append(
         f"to stand at a step again at {cost.tokens:,} tokens: RESTORE {cost.restore_ms:.1f} ms, prefill"
-        f" {cost.prefill_ms:,.0f} ms: {cost.prefill_ms / cost.restore_ms:,.0f} times as long"
+        f" {cost.prefill_ms:,.0f} ms: {ratio:,.0f} times as long"
     )
+    if cost.tokens >= COST_TOKENS:
+        claim = f"at {cost.tokens:,} tokens a retry costs at most 1/{LEAST_RATIO} of prefilling again: 1/{ratio:,.0f}"
+        result.claims.append((claim, ratio >= LEAST_RATIO))
     return result
+
+
+def _tries(k: int) -> str:
+    return "1 try" if k == 1 else f"{k} tries"
+
+
+def _curves(tries: list[list[int]], lengths: list[int], p: float, q: dict[int, float]) -> Curves:
+    panels = {}
+    for k in TRIES:
+        found = [successes(tries, length, k) for length in lengths]
+        intervals = [wilson(good, runs) for good, runs in found]
+        panels[f"{_tries(k)} a step"] = {
+            "measured, 95 % interval": Curve(
+                [100 * good / runs for good, runs in found],
+                [100 * low for low, _ in intervals],
+                [100 * high for _, high in intervals],
+            ),
+            "formula: all steps equally hard": Curve([100 * expected(p, length, k) for length in lengths]),
+            "from the measured share of steps that fail so often": Curve(
+                [100 * (1 - q[k]) ** length for length in lengths]
+            ),
+        }
+    return Curves("runs that succeed, %", "steps in a row", lengths, panels)

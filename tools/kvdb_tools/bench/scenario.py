@@ -38,21 +38,47 @@ class Bars:
     series: Mapping[str, Sequence[float]]
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Values over x. low, high: the interval of each value where it was measured; none for a prediction."""
+
+    values: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """A chart of panels side by side, with the same axes and the same names of curves in each."""
+
+    unit: str
+    x_unit: str
+    x: Sequence[float]
+    panels: Mapping[str, Mapping[str, Curve]]
+
+
 @dataclass(slots=True)
 class Result:
-    """A table of measurements, what one must know to read it, and maybe a chart."""
+    """A table of measurements, what one must know to read it, and maybe a chart.
+
+    claims: what this measurement is meant to show, each with whether it does. One that fails is an exit status of 1.
+    """
 
     title: str
     columns: Sequence[str]
     rows: list[list[Cell]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     bars: Bars | None = None
+    curves: Curves | None = None
+    claims: list[tuple[str, bool]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
         """For --json: rows as maps by column name."""
         rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
-        bars = asdict(self.bars) if self.bars else None
-        return {"title": self.title, "rows": rows, "notes": self.notes, "bars": bars}
+        found: dict[str, object] = {"title": self.title, "rows": rows, "notes": self.notes}
+        found["bars"] = asdict(self.bars) if self.bars else None
+        found["curves"] = asdict(self.curves) if self.curves else None
+        return {**found, "claims": [{"claim": text, "holds": holds} for text, holds in self.claims]}
 
 
 @dataclass(frozen=True, slots=True)
