@@ -8,6 +8,7 @@ import lzma
 import random
 import sysconfig
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 # BSD, MIT, Apache-2.0 or PSF-style licences only (docs/nano.md lists them); a package that is not installed is skipped.
@@ -15,6 +16,18 @@ PACKAGES = (  # noqa: SIM905
     "numpy scipy sklearn pandas networkx sympy jax flax optax matplotlib statsmodels skimage xarray rich requests "
     "urllib3 jinja2 click werkzeug aiohttp pygments httpcore attr joblib markdown toolz einops"
 ).split()
+
+HELD_OUT_SEED = 2_000_000_000  # the seeds of training episodes stay below
+
+
+@dataclass(slots=True)
+class Corpus:
+    """Training documents, held-out documents and the word and excerpt pools that episodes draw from."""
+
+    training: dict[str, list[str]]
+    held_out: dict[str, list[str]]
+    lexicon: list[str]
+    excerpts: list[str]
 
 
 def load_carried(path: Path) -> dict[str, list[str]]:
@@ -60,3 +73,29 @@ def python_sources(limit: int = 100_000_000, seed: int = 0) -> list[str]:
         if size > limit:
             break
     return texts
+
+
+def load_corpus(carried: Path, python_bytes: int) -> Corpus:
+    """Read all documents and set a part of each source aside: whole documents, or the end of the novel.
+
+    python_bytes: how much of the installed packages' sources; 0 leaves them out.
+    """
+    documents = load_carried(carried)
+    if python_bytes:
+        documents["python"] = python_sources(python_bytes)
+    training: dict[str, list[str]] = {}
+    held_out: dict[str, list[str]] = {}
+    for source, texts in documents.items():
+        if len(texts) < 3:
+            cut = [len(text) * 19 // 20 for text in texts]
+            training[source] = [text[:c] for text, c in zip(texts, cut, strict=True)]
+            held_out[source] = [text[c:] for text, c in zip(texts, cut, strict=True)]
+        else:
+            n = max(1, min(60, len(texts) // 20))
+            order = random.Random(5).sample(range(len(texts)), len(texts)) if source != "python" else range(len(texts))
+            held_out[source] = [texts[i] for i in order[-n:]]
+            training[source] = [texts[i] for i in order[:-n]]
+    words = " ".join(training["kjv"][:3] + training["jargon"][:1]).split()
+    lexicon = sorted({w.lower() for w in words if w.isascii() and w.isalpha() and 3 <= len(w) <= 9})
+    excerpts = training["kjv"] + training["promessi-sposi"] + training["devil"] + training.get("python", [])[:300]
+    return Corpus(training, held_out, lexicon, [text[:200_000] for text in excerpts])

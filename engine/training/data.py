@@ -11,7 +11,7 @@ import episodes
 import numpy as np
 import torch
 from chatml import BOS, EOS, render
-from corpus import load_carried, python_sources
+from corpus import Corpus
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -27,7 +27,6 @@ SHARES = {
     "sqlite-doc": 0.06,
     "postgresql-doc": 0.07,
 }
-HELD_OUT_SEED = 2_000_000_000  # training seeds stay below
 
 
 @dataclass(slots=True)
@@ -36,38 +35,6 @@ class Stream:
 
     tokens: Tensor
     starts: Tensor | None = None
-
-
-@dataclass(slots=True)
-class Corpus:
-    """Training documents, held-out documents and the word and excerpt pools that episodes draw from."""
-
-    training: dict[str, list[str]]
-    held_out: dict[str, list[str]]
-    lexicon: list[str]
-    excerpts: list[str]
-
-
-def load_corpus(carried: Path, python_bytes: int) -> Corpus:
-    """Read all documents and set a part of each source aside: whole documents, or the end of the novel."""
-    documents = load_carried(carried)
-    documents["python"] = python_sources(python_bytes)
-    training: dict[str, list[str]] = {}
-    held_out: dict[str, list[str]] = {}
-    for source, texts in documents.items():
-        if len(texts) < 3:
-            cut = [len(text) * 19 // 20 for text in texts]
-            training[source] = [text[:c] for text, c in zip(texts, cut, strict=True)]
-            held_out[source] = [text[c:] for text, c in zip(texts, cut, strict=True)]
-        else:
-            n = max(1, min(60, len(texts) // 20))
-            order = random.Random(5).sample(range(len(texts)), len(texts)) if source != "python" else range(len(texts))
-            held_out[source] = [texts[i] for i in order[-n:]]
-            training[source] = [texts[i] for i in order[:-n]]
-    words = " ".join(training["kjv"][:3] + training["jargon"][:1]).split()
-    lexicon = sorted({w.lower() for w in words if w.isascii() and w.isalpha() and 3 <= len(w) <= 9})
-    excerpts = training["kjv"] + training["promessi-sposi"] + training["devil"] + training["python"][:300]
-    return Corpus(training, held_out, lexicon, [text[:200_000] for text in excerpts])
 
 
 def _episode_tokens(job: tuple[int, int, str, list[str], list[str]]) -> list[np.ndarray]:

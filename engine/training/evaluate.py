@@ -17,7 +17,7 @@ import episodes
 import torch
 import torch.nn.functional as F
 from chatml import CALLS_END, EOS, Conversation, render
-from data import HELD_OUT_SEED, Corpus, load_corpus
+from corpus import HELD_OUT_SEED, Corpus, load_corpus
 from export import load
 from model import Mode, Nano
 from tokenizers import Tokenizer

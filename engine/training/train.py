@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import Batches, load_corpus, load_streams
+from corpus import load_corpus
+from data import Batches, load_streams
 from evaluate import bits_per_byte, samples, score, suite, summary
 from export import save
 from geometry import Geometry

@@ -24,7 +24,7 @@ def test_weights(tmp_path: Path) -> None:
     assert code == 0
     found = json.loads(out)
     bits = {row["class"]: row["bits"] for row in found["classes"]}
-    assert bits["routed gate and up"] == 4.5 and bits["routed down"] == 2.5 and found["peak_memory_MiB"] > 0
+    assert bits["routed gate and up"] == 4.5 and bits["routed down"] == 2.3125 and found["peak_memory_MiB"] > 0
     assert open_model(str(tmp_path / "q")).family == open_model("dsv4-nano").family
     code, _, err = run("weights", "dsv4-nano", str(tmp_path / "q"))
     assert code == 2 and "exists already" in err

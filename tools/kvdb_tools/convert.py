@@ -18,8 +18,9 @@ from rich.table import Table
 
 from kvdb_engine.catalog import open_model
 from kvdb_engine.config import from_hf
-from kvdb_engine.convert import ClassReport, Recipe, convert, recipe_size
+from kvdb_engine.convert import convert
 from kvdb_engine.errors import ModelError
+from kvdb_engine.recipe import ClassReport, Recipe, recipe_size
 
 
 @click.group(help=__doc__)
@@ -38,13 +39,14 @@ def _way(text: str) -> tuple[int, int]:
     return bits, group_size
 
 
-def _recipe(gate_up: str, down: str, rest: str) -> Recipe:
-    return Recipe(_way(gate_up), _way(down), _way(rest))
+def _recipe(gate_up: str, down: str, early_down: str, rest: str) -> Recipe:
+    return Recipe(_way(gate_up), _way(down), _way(early_down), _way(rest))
 
 
 _RECIPE = (
     click.option("--gate-up", default="2/128", show_default=True, help="Routed experts' gate and up: BITS/GROUP."),
-    click.option("--down", default="2/64", show_default=True, help="Routed experts' down."),
+    click.option("--down", default="2/128", show_default=True, help="Routed experts' down."),
+    click.option("--early-down", default="2/64", show_default=True, help="Down in the first quarter of the layers."),
     click.option("--rest", default="8/64", show_default=True, help="Attention, shared expert, embedding, head."),
     click.option("--json", "as_json", is_flag=True, help="Print JSON."),
 )
@@ -82,9 +84,23 @@ def _print_classes(classes: list[ClassReport], as_json: bool, **more: float) -> 
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @_recipe_options
-def weights(source: str, target: Path, gate_up: str, down: str, rest: str, as_json: bool) -> None:
+@click.option(
+    "--calibrate",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="UTF-8 text to fit routed experts to. Slower, and all other weights are in memory.",
+)
+def weights(
+    source: str,
+    target: Path,
+    gate_up: str,
+    down: str,
+    early_down: str,
+    rest: str,
+    as_json: bool,
+    calibrate: Path | None,
+) -> None:
     """Convert model SOURCE (a folder, a .gguf file or a built-in name) into the new folder TARGET."""
-    recipe = _recipe(gate_up, down, rest)
+    recipe = _recipe(gate_up, down, early_down, rest)
     started = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
@@ -95,21 +111,29 @@ def weights(source: str, target: Path, gate_up: str, down: str, rest: str, as_js
                 target,
                 recipe,
                 lambda done, of, name: bar.update(task, completed=done, total=of, description=name),
+                calibrate.read_text(encoding="utf-8") if calibrate else "",
+                lambda done, of: bar.update(task, completed=done, total=of, description="calibrating experts"),
             )
-    except ModelError as error:
+    except (ModelError, OSError, UnicodeDecodeError) as error:
         _fail(error)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10))
     _print_classes(classes, as_json, seconds=time.perf_counter() - started, peak_memory_MiB=peak)
 
 
 @main.command()
-@click.argument("config", type=click.Path(exists=True, path_type=Path))
+@click.argument("config")
 @_recipe_options
-def size(config: Path, gate_up: str, down: str, rest: str, as_json: bool) -> None:
-    """What a model with this config.json takes in the recipe; needs no weights."""
+def size(config: str, gate_up: str, down: str, early_down: str, rest: str, as_json: bool) -> None:
+    """What a model takes in the recipe. CONFIG: a config.json, or a model's name (synthetic:dsv4-flash).
+
+    Needs no weights.
+    """
     try:
-        geometry = from_hf(json.loads(config.read_text(encoding="utf-8")), str(config))
-        _print_classes(recipe_size(geometry, _recipe(gate_up, down, rest)), as_json)
+        if config.endswith(".json"):
+            geometry = from_hf(json.loads(Path(config).read_text(encoding="utf-8")), config)
+        else:
+            geometry = open_model(config).config
+        _print_classes(recipe_size(geometry, _recipe(gate_up, down, early_down, rest)), as_json)
     except (ModelError, ValueError, OSError) as error:
         _fail(error)
 
