@@ -40,7 +40,7 @@ class AttentionWeights:
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """The live state of one layer. window: (min(n_tokens, window), head_dim), oldest row first."""
+    """The live state of one layer. window: (min(n_tokens, window), head_dim), oldest row first; f16 if rounded."""
 
     window: Array
     compressed: CompressorState | None = None
@@ -156,6 +156,8 @@ def mix(
             raw = ops.round_kv(raw, config.rope_dim)
         keys = ops.concatenate([state.window, raw], axis=0)
     window = keys[-config.window :]
+    if n_tokens > 1:
+        window = ops.own(window)
 
     compressed, index, rows, index_rows = state.compressed, state.index, None, None
     if ratio:
@@ -213,7 +215,7 @@ def _attend_block(
     q = queries[block.start : block.stop]
     flat = q.reshape(n * heads, dim)
     low, high = max(0, block.older + block.start - config.window + 1), block.older + block.stop
-    near = keys[low:high]
+    near = ops.widen(keys[low:high])
     scores = (flat @ near.swapaxes(0, 1)).reshape(n, heads, high - low)
     if n > 1:
         key = ops.arange(low, high)[None]
@@ -235,7 +237,7 @@ def _attend_block(
             if visible is not None:
                 scores = ops.keep((picked < visible)[:, None], scores)
         else:
-            far = rows[:n_rows]
+            far = ops.widen(rows[:n_rows])
             scores = (flat @ far.swapaxes(0, 1)).reshape(n, heads, n_rows)
             if visible is not None:
                 scores = ops.keep((ops.arange(0, n_rows)[None] < visible)[:, None], scores)

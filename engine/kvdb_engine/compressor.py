@@ -94,7 +94,10 @@ def compress(
             entries_score = _overlap(ops, state.previous_score, group_score, geometry.width, MASKED)
         pooled = (ops.softmax(entries_score, axis=1) * entries_kv).sum(1)
     rows = finish(ops.norm(pooled, weights.norm, geometry.norm_eps), position - slot)
-    return CompressorState(ops.append(state.rows, rows), kv[closed:], score[closed:], previous_kv, previous_score)
+    frontier = [kv[closed:], score[closed:], previous_kv, previous_score]
+    if n_tokens > 1:
+        frontier = [None if part is None else ops.own(part) for part in frontier]
+    return CompressorState(ops.append(state.rows, rows), *frontier)
 
 
 def _bias(ops: Ops, ape: Array, slot: int, n_tokens: int) -> Array:

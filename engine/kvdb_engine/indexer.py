@@ -61,13 +61,13 @@ def index_queries(
 def pick_rows(ops: Ops, asked: IndexQueries, rows: Array, visible: Array | None, count: int) -> Array:
     """The `count` best rows for each token: (T, count), ascending.
 
-    rows: (n_rows, dim), n_rows >= count. visible: (T, 1) number of rows each token may see, None if all. A token that
-    sees fewer than `count` rows gets rows it must not see as well: the caller masks them.
+    rows: (n_rows, dim) as they are kept, n_rows >= count. visible: (T, 1) number of rows each token may see, None if
+    all. A token that sees fewer than `count` rows gets rows it must not see as well: the caller masks them.
     """
     n_tokens, heads, dim = asked.queries.shape
     scores = ops.fused_scores(asked.queries, asked.share, rows)
     if scores is None:
-        scores = ops.maximum(asked.queries.reshape(n_tokens * heads, dim) @ rows.swapaxes(0, 1), 0.0)
+        scores = ops.maximum(asked.queries.reshape(n_tokens * heads, dim) @ ops.widen(rows).swapaxes(0, 1), 0.0)
         scores = (asked.share[:, None, :] @ scores.reshape(n_tokens, heads, rows.shape[0]))[:, 0]
     if visible is not None:
         scores = ops.keep(ops.arange(0, rows.shape[0])[None] < visible, scores)

@@ -157,9 +157,9 @@ def empty_layers(ops: Ops, config: ModelConfig) -> tuple[LayerState, ...]:
     def compressor(ratio: int, width: int) -> CompressorState:
         columns = width * (2 if ratio == 4 else 1)
         nothing = ops.array(np.zeros((0, columns), np.float32))
-        return CompressorState(ops.no_rows(width), nothing, nothing)
+        return CompressorState(ops.no_rows(width, config.kv_rounding), nothing, nothing)
 
-    window = ops.array(np.zeros((0, config.head_dim), np.float32))
+    window = ops.array(np.zeros((0, config.head_dim), np.float16 if config.kv_rounding else np.float32))
     return tuple(
         LayerState(
             window,

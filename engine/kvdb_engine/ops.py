@@ -30,7 +30,10 @@ BLOCK = 64
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """An append-only run of rows of one width, shared by forks. `buffer` belongs to the Ops that made it."""
+    """An append-only run of rows of one width, shared by forks. `buffer` belongs to the Ops that made it.
+
+    Rows that were rounded to f16 are kept as f16, which loses nothing (docs/decisions/half-rows.md).
+    """
 
     buffer: Any
     n_rows: int
@@ -95,7 +98,7 @@ class Unfused(Protocol):
     ) -> Array | None:
         """norm (if asked), rotate, times scale, then round_kv (kv), round_index (index), round_f16 (half, with index).
 
-        older: rows that come before the result as they are.
+        f16 with kv or half, else f32. older: rows that come before the result as they are.
         """
         return None
 
@@ -192,13 +195,22 @@ class Ops(Unfused, Protocol):
         """Whole numbers from start to stop."""
 
     def round_kv(self, rows: Array, rope_dim: int) -> Array:
-        """KV rows as they are kept (rounding.py)."""
+        """KV rows as they are kept (rounding.py): f16."""
 
     def round_index(self, x: Array) -> Array:
         """Hadamard and FP4 along the last axis (rounding.py)."""
 
     def round_f16(self, x: Array) -> Array:
-        """To f16 and back."""
+        """To f16."""
+
+    def widen(self, x: Array) -> Array:
+        """f16 as f32, exactly; f32 as it is."""
+
+    def own(self, x: Array) -> Array:
+        """x in memory of its own: a slice would keep the whole array alive that it was cut from."""
+
+    def nbytes(self, x: Array) -> int:
+        """Bytes of memory that an array takes."""
 
     def sinkhorn(self, matrices: Array, iterations: int, eps: float) -> Array:
         """Normalise (T, n, n) matrices: columns, then iterations - 1 times rows and columns."""
@@ -216,7 +228,7 @@ class Ops(Unfused, Protocol):
         """(T, count) row numbers, ascending, of the largest scores of (T, n_rows); ties go to the lower row."""
 
     def gather(self, rows: Array, index: Array) -> Array:
-        """rows[index]: (n_rows, D), (T, k) -> (T, k, D)."""
+        """rows[index], widened: (n_rows, D), (T, k) -> (T, k, D)."""
 
     def experts(self, weights: ExpertWeights, x: Array, ids: Array, share: Array, limit: float) -> Array:
         """Sum over j of down(silu(min(gate x, limit)) * clip(up x, limit) * share[t, j]) of expert ids[t, j]."""
@@ -224,14 +236,17 @@ class Ops(Unfused, Protocol):
     def swiglu(self, gate: Array, up: Array, limit: float) -> Array:
         """silu(min(gate, limit)) * clip(up, -limit, limit)."""
 
-    def no_rows(self, width: int) -> Rows:
-        """An empty run."""
+    def no_rows(self, width: int, half: bool) -> Rows:
+        """An empty run, of f16 or f32."""
 
     def append(self, rows: Rows, new: Array) -> Rows:
-        """The run with (k, width) more rows; `rows` itself stays valid."""
+        """The run with (k, width) more rows; `rows` itself stays valid. An f32 run takes f16 rows too."""
 
     def view(self, rows: Rows) -> Array:
-        """(n_rows, width)."""
+        """(n_rows, width), as they are kept."""
+
+    def row_bytes(self, rows: Rows) -> int:
+        """Bytes of memory that a run takes, room to grow included."""
 
 
 def linears(ops: Ops, weights: Sequence[Any], x: Array) -> tuple[Array, ...]:

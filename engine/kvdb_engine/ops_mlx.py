@@ -150,7 +150,16 @@ class MlxOps(Unfused):
         return (_nearest_e2m1(blocks / scale) * scale).reshape(x.shape)
 
     def round_f16(self, x: Array) -> Array:
-        return x.astype(mx.float16).astype(mx.float32)
+        return x.astype(mx.float16)
+
+    def widen(self, x: Array) -> Array:
+        return x.astype(mx.float32)
+
+    def own(self, x: Array) -> Array:
+        return mx.contiguous(x)
+
+    def nbytes(self, x: Array) -> int:
+        return int(x.nbytes)
 
     def sinkhorn(self, matrices: Array, iterations: int, eps: float) -> Array:
         if self.is_gpu:
@@ -179,7 +188,7 @@ class MlxOps(Unfused):
         return mx.sort(_top(scores, count), axis=-1) if done is None else done
 
     def gather(self, rows: Array, index: Array) -> Array:
-        return rows[index]
+        return rows[index].astype(mx.float32)
 
     def experts(self, weights: ExpertWeights, x: Array, ids: Array, share: Array, limit: float) -> Array:
         if isinstance(weights.gate, Blocks):
@@ -226,22 +235,25 @@ class MlxOps(Unfused):
         gate = mx.minimum(gate, limit)
         return gate * mx.sigmoid(gate) * mx.clip(up, -limit, limit)
 
-    def no_rows(self, width: int) -> Rows:
-        return Rows(mx.zeros((0, width)), 0)
+    def no_rows(self, width: int, half: bool) -> Rows:
+        return Rows(mx.zeros((0, width), mx.float16 if half else mx.float32), 0)
 
     def append(self, rows: Rows, new: Array) -> Rows:
         buffer, wanted = rows.buffer, rows.n_rows + new.shape[0]
         capacity = _capacity(wanted)
         if capacity != buffer.shape[0]:
             # The capacity follows from the number of rows alone, so a restored run looks like one that grew.
-            missing = mx.zeros((capacity - rows.n_rows, new.shape[1]))
+            missing = mx.zeros((capacity - rows.n_rows, new.shape[1]), buffer.dtype)
             buffer = mx.concatenate([buffer[: rows.n_rows], missing], axis=0)
         # In place when nobody else holds the buffer, else a copy: MLX decides by reference count.
         start = mx.array([rows.n_rows], dtype=mx.int32)
-        return Rows(mx.slice_update(buffer, new, start, axes=(0,)), wanted)
+        return Rows(mx.slice_update(buffer, new.astype(buffer.dtype), start, axes=(0,)), wanted)
 
     def view(self, rows: Rows) -> Array:
         return rows.buffer[: rows.n_rows]
+
+    def row_bytes(self, rows: Rows) -> int:
+        return int(rows.buffer.nbytes)
 
     def start(self, arrays: Sequence[Array]) -> None:
         if self.is_gpu:

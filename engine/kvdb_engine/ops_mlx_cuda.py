@@ -182,6 +182,10 @@ def _is_f32(*arrays: Any) -> bool:
     return all(not isinstance(array, Quantised) and array.dtype == mx.float32 for array in arrays)
 
 
+def _is_f16(*arrays: Any) -> bool:
+    return all(array.dtype == mx.float16 for array in arrays)
+
+
 class Fused:
     """The kernels as functions of MLX arrays."""
 
@@ -318,20 +322,23 @@ class Fused:
         half: bool,
         inverse: bool = False,
     ) -> Array | None:
-        """Rows normalised, turned, scaled, rounded, after the older ones. x: (T, D) or (T, H, D)."""
+        """Rows normalised, turned, scaled, rounded, after the older ones. x: (T, D) or (T, H, D). f16 if rounded."""
         dim, pairs = x.shape[-1], table[0].shape[-1]
         threads = -(-dim // 32) * 32
         if not _is_f32(x) or threads > 1024 or dim % 2 or (index and (dim & (dim - 1) or dim < 32)) or not x.size:
             return None
         heads = x.shape[1] if x.ndim == 3 else 1
         n_older = 0 if older is None else older.shape[0]
+        kind = mx.float16 if kv or half else mx.float32
+        if older is not None and older.dtype != kind:
+            return None
         flags = _ROWS_NORM * norm | _ROWS_WEIGHT * (weight is not None) | _ROWS_KV * kv | _ROWS_INDEX * index
         flags |= _ROWS_HALF * half | _ROWS_INVERSE * inverse
         shape = x.shape if x.ndim == 3 else (n_older + x.shape[0], dim)
         return self._launch(
             "kvdb_rows",
             [older if n_older else x, x, x if weight is None else weight, *table],
-            [(shape, mx.float32)],
+            [(shape, kind)],
             [n_older, dim, heads, pairs, float(eps), float(scale), flags],
             (n_older + x.size // dim, 1),
             threads,
@@ -374,7 +381,7 @@ class Fused:
     def index_scores(self, queries: Array, share: Array, rows: Array) -> Array | None:
         """The indexer's scores of all rows for one token: (1, n)."""
         n_tokens, heads, dim = queries.shape
-        if n_tokens != 1 or dim % 4 or dim > 128 or not _is_f32(queries, share, rows):
+        if n_tokens != 1 or dim % 4 or dim > 128 or not _is_f32(queries, share) or not _is_f16(rows):
             return None
         n = rows.shape[0]
         return self._launch(
@@ -497,9 +504,10 @@ class Fused:
         sinks: Array,
         table: tuple[Array, Array],
     ) -> Array | None:
-        """Attention of one token, turned back. queries: (1, H, D) with RoPE and scale; near, far: (n, D)."""
+        """Attention of one token, turned back. queries: (1, H, D) with RoPE and scale; near, far: (n, D) f16."""
         _, heads, dim = queries.shape
-        if dim % 128 or dim > 512 or not _is_f32(queries, near, sinks):
+        rows = [near] if far is None else [near, far]
+        if dim % 128 or dim > 512 or not _is_f32(queries, sinks) or not _is_f16(*rows):
             return None
         n_far = 0 if far is None else (far.shape[0] if picked is None else picked.shape[-1])
         return self._launch(

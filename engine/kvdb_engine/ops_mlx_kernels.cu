@@ -1,8 +1,8 @@
 // Fused kernels of the MLX back end for CUDA (ops_mlx_cuda.py launches them; ops_mlx.py decides when).
 //
 // Every kernel has an op-level twin: the composition it replaces, in hyper.py, compressor.py, attention.py, moe.py or
-// ops_mlx.py. Parameters come in the order inputs, outputs, scalars. All vectors are float32; weights are MLX affine
-// codes (8 or 2 bit; scales and biases bf16, or f16 where `halves` is 1) or bf16.
+// ops_mlx.py. Parameters come in the order inputs, outputs, scalars. Vectors are float32, kept rows f16; weights are
+// MLX affine codes (8 or 2 bit; scales and biases bf16, or f16 where `halves` is 1) or bf16.
 //
 // Deterministic: no float atomics, every sum has a fixed order that follows from the shapes alone.
 // No headers, so that NVRTC needs none; KVDB_EMULATED compiles the same text for a processor (tests/engine).
@@ -43,6 +43,13 @@ DEVICE float bf16_to_float(u16 h) { return __uint_as_float((u32)h << 16); }
 
 // A scale or bias of a group: f16 or bf16.
 DEVICE float scale_to_float(u16 h, int halves) { return halves ? half_to_float(h) : bf16_to_float(h); }
+
+// Four f16 values of a row, from value 4 i on.
+DEVICE float4 four_halves(const u16* row, int i) {
+    uint2 p = ((const uint2*)row)[i];
+    return make_float4(half_to_float((u16)p.x), half_to_float((u16)(p.x >> 16)), half_to_float((u16)p.y),
+                       half_to_float((u16)(p.y >> 16)));
+}
 
 DEVICE float warp_sum(float v) {
     for (int step = 16; step; step >>= 1) v += __shfl_xor_sync(FULL, v, step);
@@ -174,16 +181,19 @@ DEVICE u32 block_exponent(u32 largest_bits, u32 floor_bits, u32 shift, u32 limit
 #define ROWS_INVERSE 32
 
 // out = older rows as they are, then each row of x: normalised, turned (table row = row / heads), scaled, rounded.
+// older and out are f16 with ROWS_KV or ROWS_HALF, else float32.
 // One block per row, one thread per value; threads beyond dim only help in the sums.
-KERNEL kvdb_rows(const float* older, const float* x, const float* weight, const float* cosines, const float* sines,
-                 float* out, int n_older, int dim, int heads, int pairs, float eps, float scale, int flags) {
+KERNEL kvdb_rows(const void* older, const float* x, const float* weight, const float* cosines, const float* sines,
+                 void* out, int n_older, int dim, int heads, int pairs, float eps, float scale, int flags) {
     __shared__ float scratch[32];
     __shared__ u32 largest[16];
     __shared__ float turned[1024];
     int d = threadIdx.x, row = blockIdx.x;
-    bool on = d < dim;
+    bool on = d < dim, halves = flags & (ROWS_KV | ROWS_HALF);
+    u64 place = (u64)row * dim + d;
     if (row < n_older) {
-        if (on) out[(u64)row * dim + d] = older[(u64)row * dim + d];
+        if (on && halves) ((u16*)out)[place] = ((const u16*)older)[place];
+        if (on && !halves) ((float*)out)[place] = ((const float*)older)[place];
         return;
     }
     int r = row - n_older, t = r / heads;
@@ -211,7 +221,6 @@ KERNEL kvdb_rows(const float* older, const float* x, const float* weight, const 
                 v = grid * __uint_as_float(e << 23);
             }
         }
-        v = half_to_float(float_to_half(v));
     }
     if (flags & ROWS_INDEX) {
         for (int h = 1; h < dim; h <<= 1) {
@@ -230,9 +239,9 @@ KERNEL kvdb_rows(const float* older, const float* x, const float* weight, const 
         u32 e = block_exponent(top, __float_as_uint(7.052966e-38f), 2, 0x400000u);
         float grid = to_grid(v * __uint_as_float((254u - e) << 23), 1, 127u << 23, 6.0f);
         v = grid * __uint_as_float(e << 23);
-        if (flags & ROWS_HALF) v = half_to_float(float_to_half(v));
     }
-    if (on) out[(u64)row * dim + d] = v;
+    if (on && halves) ((u16*)out)[place] = float_to_half(v);
+    if (on && !halves) ((float*)out)[place] = v;
 }
 
 // ---------------------------------------------------------------------------------------------------- compressor
@@ -361,7 +370,7 @@ KERNEL kvdb_top_rows(const float* scores, int* out, int n, int count) {
 
 // score[n] = sum_h share[h] * max(0, queries[h] . rows[n]) for one token. One thread per row; dim a multiple of 4, at most
 // 128; heads * dim floats of dynamic shared memory.
-KERNEL kvdb_index_scores(const float* queries, const float* share, const float* rows, float* scores, int n, int heads,
+KERNEL kvdb_index_scores(const float* queries, const float* share, const u16* rows, float* scores, int n, int heads,
                          int dim) {
     extern __shared__ float4 dynamic[];
     int parts = dim / 4;
@@ -372,7 +381,7 @@ KERNEL kvdb_index_scores(const float* queries, const float* share, const float* 
     float4 own[32];
 #pragma unroll
     for (int i = 0; i < 32; i++)
-        own[i] = i < parts ? ((const float4*)(rows + (u64)row * dim))[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        own[i] = i < parts ? four_halves(rows + (u64)row * dim, i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     float score = 0.0f;
     for (int h = 0; h < heads; h++) {
         float a = 0.0f, b = 0.0f;  // two chains of additions hide each other's latency
@@ -854,7 +863,7 @@ KERNEL kvdb_experts_down_tiles(const u16* middle, const int* tile_expert, const 
 
 // One query per head over the window rows `near`, then the rows of `far` (those that `picked` names, or the first
 // n_far), and a sink; the result is turned back by the token's angles. head_dim a multiple of 128.
-KERNEL kvdb_attend(const float* queries, const float* near, const float* far, const int* picked, const float* sinks,
+KERNEL kvdb_attend(const float* queries, const u16* near, const u16* far, const int* picked, const float* sinks,
                    const float* cosines, const float* sines, float* out, int dim, int n_near, int n_far, int has_picked,
                    int pairs) {
     __shared__ float tops[ATTEND_WARPS], sums[ATTEND_WARPS];
@@ -870,13 +879,13 @@ KERNEL kvdb_attend(const float* queries, const float* near, const float* far, co
     int n = n_near + n_far;
 #pragma unroll 2
     for (int i = warp; i < n; i += ATTEND_WARPS) {
-        const float* row = near + (u64)i * dim;
+        const u16* row = near + (u64)i * dim;
         if (i >= n_near) row = far + (u64)(has_picked ? picked[i - n_near] : i - n_near) * dim;
         float4 v[ATTEND_PARTS];
         float score = 0.0f;
 #pragma unroll
         for (int c = 0; c < ATTEND_PARTS; c++) {
-            v[c] = c < parts ? ((const float4*)row)[c * 32 + lane] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            v[c] = c < parts ? four_halves(row, c * 32 + lane) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             score = fmaf(v[c].x, q[c].x, fmaf(v[c].y, q[c].y, fmaf(v[c].z, q[c].z, fmaf(v[c].w, q[c].w, score))));
         }
         score = warp_sum(score);

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from kvdb_engine.ops import MASKED, Array, ExpertWeights, Rows, Unfused
 from kvdb_engine.packing import F32
-from kvdb_engine.rounding import hadamard, round_f16, round_fp4, round_kv
+from kvdb_engine.rounding import hadamard, round_fp4, round_kv, widen
 
 
 class _Growing:
@@ -27,7 +27,7 @@ class _Growing:
 
     __slots__ = ("data", "used")
 
-    def __init__(self, data: F32, used: int) -> None:
+    def __init__(self, data: np.ndarray[Any, Any], used: int) -> None:
         self.data = data
         self.used = used
 
@@ -47,7 +47,7 @@ class NumpyOps(Unfused):
         return np.array(host, order="C")
 
     def host(self, array: Array) -> F32:
-        return np.asarray(array, dtype=np.float32)
+        return np.asarray(widen(array), dtype=np.float32)
 
     def evaluate(self, arrays: Sequence[Array]) -> None:
         pass
@@ -120,7 +120,16 @@ class NumpyOps(Unfused):
         return round_fp4(turned).reshape(x.shape)
 
     def round_f16(self, x: Array) -> Array:
-        return round_f16(x)
+        return x.astype(np.float16)
+
+    def widen(self, x: Array) -> Array:
+        return widen(x)
+
+    def own(self, x: Array) -> Array:
+        return x if x.base is None else x.copy()
+
+    def nbytes(self, x: Array) -> int:
+        return int(x.nbytes)
 
     def sinkhorn(self, matrices: Array, iterations: int, eps: float) -> Array:
         n_tokens, n, _ = matrices.shape
@@ -155,7 +164,7 @@ class NumpyOps(Unfused):
         return np.nonzero(chosen)[1].reshape(len(scores), count)
 
     def gather(self, rows: Array, index: Array) -> Array:
-        return rows[index]
+        return widen(rows[index])
 
     def experts(self, weights: ExpertWeights, x: Array, ids: Array, share: Array, limit: float) -> Array:
         out = np.zeros_like(x)
@@ -183,14 +192,14 @@ class NumpyOps(Unfused):
             out /= 1 + np.exp(-gate)
         return out
 
-    def no_rows(self, width: int) -> Rows:
-        return Rows(_Growing(np.empty((0, width), np.float32), 0), 0)
+    def no_rows(self, width: int, half: bool) -> Rows:
+        return Rows(_Growing(np.empty((0, width), np.float16 if half else np.float32), 0), 0)
 
     def append(self, rows: Rows, new: Array) -> Rows:
         grown, n_rows = rows.buffer, rows.n_rows
         wanted = n_rows + len(new)
         if grown.used != n_rows or wanted > len(grown.data):
-            data = np.empty((max(64, wanted + wanted // 2), new.shape[1]), np.float32)
+            data = np.empty((max(64, wanted + wanted // 4), new.shape[1]), grown.data.dtype)
             data[:n_rows] = grown.data[:n_rows]
             grown = _Growing(data, n_rows)
         grown.data[n_rows:wanted] = new
@@ -199,6 +208,9 @@ class NumpyOps(Unfused):
 
     def view(self, rows: Rows) -> Array:
         return rows.buffer.data[: rows.n_rows]
+
+    def row_bytes(self, rows: Rows) -> int:
+        return int(rows.buffer.data.nbytes)
 
 
 def _sinkhorn_4(m: list[float], iterations: int, eps: float) -> list[float]:

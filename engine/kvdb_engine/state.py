@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kvdb_engine.attention import LayerState
 from kvdb_engine.ops import Array, Ops
 from kvdb_engine.packing import F32
-from kvdb_protocol.layout import Layout, frontier_rows
+from kvdb_protocol.layout import Layout
 
 U32 = npt.NDArray[np.uint32]
 
@@ -62,8 +62,16 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory this state holds or shares."""
-        return state_bytes(self.layout, self.n_tokens)
+        """Bytes of memory this state holds or shares, room to grow included."""
+        ops = self.ops
+        total = self._ids.data.nbytes + (0 if self._logits is None else ops.nbytes(self._logits))
+        for layer in self.layers:
+            total += ops.nbytes(layer.window)
+            for part in (layer.compressed, layer.index):
+                if part is not None:
+                    frontier = (part.open_kv, part.open_score, part.previous_kv, part.previous_score)
+                    total += ops.row_bytes(part.rows) + sum(ops.nbytes(rows) for rows in frontier if rows is not None)
+        return total
 
     def clone(self) -> State:
         """An independent handle on the same state. O(1): nothing is copied."""
@@ -82,15 +90,3 @@ class State:
         ids.data[self.n_tokens : wanted] = new
         ids.used = wanted
         self.layers, self._ids, self.n_tokens, self._logits = layers, ids, wanted, logits
-
-
-def state_bytes(layout: Layout, n_tokens: int) -> int:
-    """Bytes of a live state of `n_tokens`: float32 rows, windows, frontiers, logits and ids."""
-    total = 4 * (layout.vocab + n_tokens + len(layout.ratios) * min(n_tokens, layout.window) * layout.head_dim)
-    for ratio in layout.ratios:
-        if not ratio:
-            continue
-        overlap = 2 if ratio == 4 else 1
-        width = layout.head_dim + (layout.index_dim if ratio == 4 else 0)
-        total += 4 * width * (n_tokens // ratio + 2 * overlap * frontier_rows(ratio, n_tokens))
-    return total

@@ -19,6 +19,7 @@ from kvdb_engine.compressor import CompressorState
 from kvdb_engine.errors import StateError
 from kvdb_engine.ops import MASKED, Array, Ops
 from kvdb_engine.packing import F32, pack_section, unpack_section
+from kvdb_engine.rounding import F16, halve
 from kvdb_engine.state import State
 from kvdb_protocol.dsv4 import Dsv4Layer, Dsv4Payload, frontier_shape
 from kvdb_protocol.ids import Buffer
@@ -79,22 +80,25 @@ def state_from_records(info: ModelInfo, pages: Iterable[Page], tail: Tail, ops: 
     if tail.n_tokens > layout.context:
         raise StateError(f"the state has {tail.n_tokens} tokens, the model's context is {layout.context}")
     # Rows of a stream: those of every page, then the tail's.
-    parts: dict[tuple[int, Part], list[F32]] = {}
+    parts: dict[tuple[int, Part], list[F16 | F32]] = {}
     id_runs = []
     for number, page in enumerate(pages):
         if page.first != number * layout.page_tokens or page.n_tokens != layout.page_tokens:
             raise StateError(f"page {number} starts at token {page.first}, not at {number * layout.page_tokens}")
         id_runs.append(bytes(page.ids))
         for stream, packed in zip(layout.streams, page.sections, strict=True):
-            rows = unpack_section(stream, packed, layout.page_rows(stream), layout.rope_dim)
+            rows = _kept(info, stream.part, unpack_section(stream, packed, layout.page_rows(stream), layout.rope_dim))
             parts.setdefault((stream.layer, stream.part), []).append(rows)
     n_pages = layout.n_pages(tail.n_tokens)
     if len(id_runs) != n_pages or tail.first != n_pages * layout.page_tokens:
         raise StateError(f"{len(id_runs)} pages given, a state of {tail.n_tokens} tokens has {n_pages}")
     for section, packed in zip(layout.tail_sections, tail.sections, strict=True):
         rows = unpack_section(section, packed, layout.tail_rows(section, tail.n_tokens), layout.rope_dim)
+        rows = _kept(info, section.part, rows)
         parts.setdefault((section.layer, section.part), []).append(rows)
-    arrays = {key: rows[0] if len(rows) == 1 else np.concatenate(rows) for key, rows in parts.items()}
+    arrays: dict[tuple[int, Part], F16 | F32] = {
+        key: rows[0] if len(rows) == 1 else np.concatenate(rows) for key, rows in parts.items()
+    }
     ids = np.concatenate([np.frombuffer(run, "<u4") for run in (*id_runs, tail.ids)])
     return _assemble(info, ops or backend.select(), arrays, ids, np.frombuffer(tail.logits, "<f4"))
 
@@ -134,18 +138,18 @@ def from_dsv4(info: ModelInfo, payload: Dsv4Payload, ops: Ops | None = None) -> 
             raise StateError(f"payload has {field} {getattr(head, field)}, the model has {getattr(own, field)}")
     if head.n_tokens > layout.context:
         raise StateError(f"the state has {head.n_tokens} tokens, the model's context is {layout.context}")
-    arrays: dict[tuple[int, Part], F32] = {}
+    arrays: dict[tuple[int, Part], F16 | F32] = {}
     for number, layer in enumerate(payload.layers):
-        arrays[number, Part.WINDOW] = _rows(layer.window, layout.head_dim)
+        arrays[number, Part.WINDOW] = _kept(info, Part.WINDOW, _rows(layer.window, layout.head_dim))
         if not layer.ratio:
             continue
-        arrays[number, Part.COMPRESSED] = _rows(layer.compressed, layout.head_dim)
+        arrays[number, Part.COMPRESSED] = _kept(info, Part.COMPRESSED, _rows(layer.compressed, layout.head_dim))
         _, columns = frontier_shape(layer.ratio, layout.head_dim)
         for part, data in ((Part.FRONTIER_KV, layer.frontier_kv), (Part.FRONTIER_SCORE, layer.frontier_score)):
             arrays[number, part] = _occupied(_rows(data, columns), layer.ratio, head.n_tokens)
         if layer.ratio != 4:
             continue
-        arrays[number, Part.INDEX] = _rows(layer.index, layout.index_dim)
+        arrays[number, Part.INDEX] = _kept(info, Part.INDEX, _rows(layer.index, layout.index_dim))
         _, columns = frontier_shape(layer.ratio, layout.index_dim)
         for part, data in (
             (Part.INDEX_FRONTIER_KV, layer.index_frontier_kv),
@@ -154,6 +158,14 @@ def from_dsv4(info: ModelInfo, payload: Dsv4Payload, ops: Ops | None = None) -> 
             arrays[number, part] = _occupied(_rows(data, columns), layer.ratio, head.n_tokens)
     ids = np.frombuffer(payload.ids, "<u4")
     return _assemble(info, ops or backend.select(), arrays, ids, np.frombuffer(payload.logits, "<f4"))
+
+
+def _kept(info: ModelInfo, part: Part, rows: F32) -> F16 | F32:
+    """Rows as a live state keeps them: f16 unless that would lose something.
+
+    ds4 on a GPU leaves the RoPE values of its compressed rows in f32; such a state stays f32 where it came so.
+    """
+    return halve(rows) if info.config.kv_rounding and part in (Part.WINDOW, Part.COMPRESSED, Part.INDEX) else rows
 
 
 def _stream_rows(state: State, stream: Section, first: int, last: int) -> F32:
@@ -176,14 +188,16 @@ def _frontier(state: State, section: Section) -> F32:
     return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
-def _assemble(info: ModelInfo, ops: Ops, arrays: dict[tuple[int, Part], F32], ids: np.ndarray, logits: F32) -> State:
+def _assemble(
+    info: ModelInfo, ops: Ops, arrays: dict[tuple[int, Part], F16 | F32], ids: np.ndarray, logits: F32
+) -> State:
     layout = info.layout
     if ids.size and int(ids.max()) >= layout.vocab:
         raise StateError(f"token id {int(ids.max())} is outside the vocabulary of {layout.vocab}")
 
     def compressor(number: int, rows: Part, kv: Part, score: Part) -> CompressorState:
         values, frontier_kv, frontier_score = arrays[number, rows], arrays[number, kv], arrays[number, score]
-        run = ops.append(ops.no_rows(values.shape[1]), ops.array(values))
+        run = ops.append(ops.no_rows(values.shape[1], values.dtype == np.float16), ops.array(values))
         # Ratio 4 after its first group: four rows of the previous group come first.
         older = 4 if layout.ratios[number] == 4 and len(ids) >= 4 else 0
         previous: list[Array | None] = [None, None]

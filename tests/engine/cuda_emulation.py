@@ -16,7 +16,14 @@ from kvdb_engine.ops_mlx_cuda import SOURCE
 
 _HERE = Path(__file__).parent
 _SIGNATURE = re.compile(r"^KERNEL (kvdb_\w+)\(([^)]*)\)", re.M)
-_HOST = {mx.float32: np.float32, mx.int32: np.int32, mx.bfloat16: np.uint16, mx.uint16: np.uint16, mx.uint32: np.uint32}
+_HOST = {
+    mx.float32: np.float32,
+    mx.int32: np.int32,
+    mx.float16: np.float16,
+    mx.bfloat16: np.uint16,
+    mx.uint16: np.uint16,
+    mx.uint32: np.uint32,
+}
 
 
 def build(folder: Path) -> Path:

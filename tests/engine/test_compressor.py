@@ -45,7 +45,7 @@ def test_any_chunking_gives_the_rows_of_the_definition(ratio: int, cuts: tuple[i
     w = CompressorWeights(f32(columns, HIDDEN), f32(columns, HIDDEN), f32(ratio, columns), f32(WIDTH))
     x = f32(302, HIDDEN)
     nothing = np.zeros((0, columns), np.float32)
-    state = CompressorState(OPS.no_rows(WIDTH), nothing, nothing)
+    state = CompressorState(OPS.no_rows(WIDTH, False), nothing, nothing)
     firsts: list[int] = []
 
     def finish(rows: np.ndarray, first: int) -> np.ndarray:

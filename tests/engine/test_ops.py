@@ -9,6 +9,7 @@ from kvdb_engine import backend
 from kvdb_engine.errors import ModelError
 from kvdb_engine.ops import Ops
 from kvdb_engine.ops_numpy import NumpyOps
+from kvdb_engine.rounding import halve, widen
 from kvdb_engine.weights import HostTensor
 
 RNG = np.random.default_rng(0)
@@ -50,7 +51,7 @@ def test_all_zero_scores_give_the_first_rows(ops: Ops) -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 500.0])
 def test_rounding_is_equal_bit_by_bit(ops: Ops, scale: float) -> None:
     x = f32(7, 192) * np.float32(scale)
-    assert ops.host(ops.round_kv(ops.array(x), 64)).tobytes() == NumpyOps().round_kv(x, 64).tobytes()
+    assert ops.host(ops.round_kv(ops.array(x), 64)).tobytes() == widen(NumpyOps().round_kv(x, 64)).tobytes()
     assert ops.host(ops.round_f16(ops.array(x))).tobytes() == x.astype(np.float16).astype(np.float32).tobytes()
 
 
@@ -104,13 +105,15 @@ def test_experts(ops: Ops, n_tokens: int) -> None:
     assert np.abs(found - wanted).max() < 1e-4
 
 
-def test_appending_keeps_older_runs_valid(ops: Ops) -> None:
-    run = ops.no_rows(3)
+@pytest.mark.parametrize("half", [False, True])
+def test_appending_keeps_older_runs_valid(ops: Ops, half: bool) -> None:
+    run = ops.no_rows(3, half)
     versions = []
     wanted = np.zeros((0, 3), np.float32)
     for size in (1, 2, 70, 1, 200):
-        new = f32(size, 3)
-        run = ops.append(run, ops.array(new))
+        new = f32(size, 3).astype(np.float16 if half else np.float32).astype(np.float32)
+        run = ops.append(run, ops.round_f16(ops.array(new)) if half else ops.array(new))
+        assert ops.row_bytes(run) >= (2 if half else 4) * 3 * run.n_rows
         wanted = np.concatenate([wanted, new])
         versions.append((run, wanted))
     early = versions[1][0]
@@ -118,6 +121,21 @@ def test_appending_keeps_older_runs_valid(ops: Ops) -> None:
     assert np.array_equal(ops.host(ops.view(branch))[-1], [7, 7, 7])
     for held, values in versions:
         assert np.array_equal(ops.host(ops.view(held)), values)
+    wide = ops.append(ops.no_rows(3, False), ops.array(np.full((2, 3), 0.1, np.float32)))
+    wide = ops.append(wide, ops.round_f16(ops.array(np.ones((1, 3), np.float32))))
+    assert np.array_equal(ops.host(ops.view(wide))[:, 0], np.array([0.1, 0.1, 1], np.float32))
+
+
+def test_halves_are_widened_exactly(ops: Ops) -> None:
+    """Every f16 there is, and back; what is no f16 stays as it is."""
+    codes = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    codes = codes[np.isfinite(codes)].reshape(-1, 8)
+    wide = ops.host(ops.widen(ops.array(codes)))
+    assert wide.tobytes() == codes.astype(np.float32).tobytes()
+    assert halve(wide).tobytes() == codes.tobytes()
+    for odd in (0.1, 65520.0, 2.0**-25, 1e30, np.inf):
+        wide[5, 3] = odd
+        assert halve(wide) is wide
 
 
 def test_fused_sinkhorn_equals_its_operations() -> None:

@@ -165,7 +165,7 @@ def test_rows(fused: MlxOps, plain: MlxOps) -> None:
         still = (mx.ones((n_tokens, pairs)), mx.zeros((n_tokens, pairs)))
         rounded = fused.fused_rows(x, still, kv=True)
         assert np.array_equal(np.array(rounded), NumpyOps().round_kv(np.array(x), 2 * pairs))
-        flat, older = x[:, 0], f32(7, dim)
+        flat, older = x[:, 0], f32(7, dim).astype(mx.float16)
         after = fused.fused_rows(flat, still, older=older, kv=True)
         assert np.array_equal(np.array(after[:7]), np.array(older)) and np.array_equal(
             np.array(after[7:]), NumpyOps().round_kv(np.array(flat), 2 * pairs)
@@ -173,6 +173,7 @@ def test_rows(fused: MlxOps, plain: MlxOps) -> None:
     x, still = f32(4, 2, 128), (mx.ones((4, 32)), mx.zeros((4, 32)))
     ours, theirs = fused.fused_rows(x, still, index=True), plain.round_index(x)
     assert np.mean(np.array(ours) != np.array(theirs)) < 1e-2
+    assert fused.fused_rows(flat, still, older=f32(7, 48), kv=True) is None  # f32 rows do not go before f16 ones
     halved = fused.fused_rows(x, still, index=True, half=True)
     assert np.array_equal(np.array(halved), np.array(plain.round_f16(ours)))
 
@@ -187,7 +188,7 @@ def test_compressor(fused: MlxOps, plain: MlxOps, ratio: int) -> None:
     states = []
     for ops in (plain, fused):
         nothing = mx.zeros((0, columns))
-        state = CompressorState(ops.no_rows(width), nothing, nothing)
+        state = CompressorState(ops.no_rows(width, False), nothing, nothing)
         x = mx.array(np.random.default_rng(1).standard_normal((2 * ratio + 3, hidden)).astype(np.float32))
         for token in range(x.shape[0]):
             row = x[token : token + 1]
@@ -210,10 +211,11 @@ def test_selection(fused: MlxOps, plain: MlxOps) -> None:
 
 def test_index_scores(fused: MlxOps) -> None:
     for heads, dim, n in ((3, 64, 5), (2, 128, 130), (4, 36, 64)):
-        queries, share, rows = f32(1, heads, dim), f32(1, heads), f32(n, dim)
-        wanted = share @ mx.maximum(queries[0] @ rows.T, 0.0)
+        queries, share, rows = f32(1, heads, dim), f32(1, heads), f32(n, dim).astype(mx.float16)
+        wanted = share @ mx.maximum(queries[0] @ rows.astype(mx.float32).T, 0.0)
         assert gap(fused.fused_scores(queries, share, rows), wanted) < 1e-3
-    assert fused.fused_scores(f32(2, 3, 64), f32(2, 3), f32(5, 64)) is None
+    assert fused.fused_scores(f32(2, 3, 64), f32(2, 3), f32(5, 64).astype(mx.float16)) is None
+    assert fused.fused_scores(f32(1, 3, 64), f32(1, 3), f32(5, 64)) is None
 
 
 @pytest.mark.parametrize("case", ["bias", "no bias", "given"])
@@ -293,10 +295,12 @@ def test_tiles_hold_every_entry_once(kernels: EmulatedKernels | CountedKernels) 
 def test_attention_of_one_token(fused: MlxOps, plain: MlxOps) -> None:
     heads, dim, pairs = 3, 256, 32
     for n_near, n_far, pick in ((1, 0, False), (20, 0, False), (128, 9, False), (40, 60, True)):
-        q, near, far, sinks = f32(1, heads, dim) / 16, f32(n_near, dim), f32(max(n_far, 1), dim), f32(heads)
+        q, sinks = f32(1, heads, dim) / 16, f32(heads)
+        near, far = f32(n_near, dim).astype(mx.float16), f32(max(n_far, 1), dim).astype(mx.float16)
         table = (f32(1, pairs), f32(1, pairs))
         picked = mx.array(np.sort(RNG.permutation(60)[:33])[None].astype(np.int32)) if pick else None
         keys = near if not n_far else mx.concatenate([near, far if picked is None else far[picked[0]]])
+        keys = keys.astype(mx.float32)
         scores = mx.concatenate([q[0] @ keys.T, sinks[:, None]], axis=1)
         wanted = plain.rotate((mx.softmax(scores, axis=-1)[:, :-1] @ keys)[None], table, inverse=True)
         found = fused.fused_attend(q, near, far if n_far else None, picked, sinks, table)

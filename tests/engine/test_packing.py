@@ -20,7 +20,7 @@ from kvdb_engine.packing import (
     unpack_rows,
     unpack_section,
 )
-from kvdb_engine.rounding import round_fp4, round_fp8, round_kv
+from kvdb_engine.rounding import round_fp4, round_fp8, round_kv, widen
 from kvdb_protocol.layout import Codec, Part, Section, row_bytes
 
 WIDTH, ROPE = 192, 64
@@ -37,7 +37,7 @@ def rows(seed: int, n: int = 5, width: int = WIDTH, scale: float = 1.0) -> np.nd
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 @pytest.mark.parametrize("codec", [Codec.FP8_F16, Codec.FP8_F32])
 def test_rounded_rows_pack_without_loss(codec: Codec, scale: float) -> None:
-    x = round_kv(rows(1, scale=scale), ROPE)
+    x = widen(round_kv(rows(1, scale=scale), ROPE))
     data = pack_rows(codec, x, ROPE)
     assert data is not None and len(data) == len(x) * row_bytes(codec, WIDTH, ROPE)
     assert same(unpack_rows(codec, data, len(x), WIDTH, ROPE), x)
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_declined(codec: Codec, value: float) -> None:
 def test_sections_fall_back() -> None:
     fp8 = Section(0, Part.WINDOW, WIDTH, Codec.FP8_F16)
     fp4 = Section(0, Part.INDEX, 128, Codec.FP4)
-    x = round_kv(rows(3), ROPE)
+    x = widen(round_kv(rows(3), ROPE))
     wide = x.copy()
     wide[0, -1] = 1.0001  # not f16
     ugly = x.copy()

@@ -11,8 +11,9 @@ import pytest
 from kvdb_engine.engine import Engine
 from kvdb_engine.errors import ContextFullError, StateError, TokenError
 from kvdb_engine.fidelity import Vectors
+from kvdb_engine.model import state_arrays
 from kvdb_engine.ops import MASKED
-from kvdb_engine.state import State, state_bytes
+from kvdb_engine.state import State
 from kvdb_engine.state_records import from_dsv4, page_sections, state_from_records, to_dsv4
 from kvdb_protocol.dsv4 import decode_payload, encode_payload
 from kvdb_protocol.layout import Codec, Part
@@ -112,14 +113,40 @@ def test_bad_tokens_and_full_contexts(nano: Engine) -> None:
     assert state.logits.shape == (2560,) and not state.logits.any()
 
 
-def test_nbytes_counts_what_is_there(nano: Engine, stream: np.ndarray, prefilled: Runs) -> None:
+def test_nbytes_is_the_memory_that_a_state_keeps_alive(nano: Engine, stream: np.ndarray, prefilled: Runs) -> None:
+    """No slice may keep the chunk alive that it was cut from, and rows are f16."""
     state = prefilled(nano, stream[:1030])
+    alive = {}
+    for array in (state.ids, *state_arrays(state.layers)):
+        array = getattr(array, "data", array) if not isinstance(array, np.ndarray) else array
+        while array.base is not None:
+            array = array.base
+        alive[id(array)] = array.nbytes
+    assert sum(alive.values()) == state.nbytes - state.logits.nbytes
     layout = nano.info.layout
-    total = 4 * (layout.vocab + 1030)
-    for section, packed in zip(layout.tail_sections, nano.tail_sections(state), strict=True):
-        rows = layout.tail_rows(section, 1030)
+    least = 4 * (layout.vocab + 1030)
+    for section in layout.tail_sections:
         if section.part in (Part.COMPRESSED, Part.INDEX):
-            rows = 1030 // layout.ratios[section.layer]
-        total += 4 * rows * section.width
-        assert packed
-    assert state.nbytes == total == state_bytes(layout, 1030)
+            least += 2 * section.width * (1030 // layout.ratios[section.layer])
+        else:
+            least += (2 if section.part is Part.WINDOW else 4) * section.width * layout.tail_rows(section, 1030)
+    assert least <= state.nbytes < 1.25 * least
+
+
+def test_rows_that_are_no_halves_stay_as_they_are(tiny: Engine, vectors: Vectors) -> None:
+    """ds4 on a GPU keeps the RoPE values of compressed rows in f32: nothing of such a payload may change."""
+    payload = vectors.payload("prefill", tiny.info.config.ratios)
+    state = tiny.load_dsv4(payload)
+    assert all(layer.window.dtype == np.float16 for layer in state.layers)
+    layer = next(number for number, ratio in enumerate(state.layout.ratios) if ratio)
+    old = payload.layers[layer]
+    rows = np.frombuffer(old.compressed, "<f4").copy()
+    rows[-1] += np.float32(1e-6)
+    changed = dataclasses.replace(old, compressed=rows.tobytes())
+    layers = (*payload.layers[:layer], changed, *payload.layers[layer + 1 :])
+    state = tiny.load_dsv4(dataclasses.replace(payload, layers=layers))
+    assert bytes(to_dsv4(state).layers[layer].compressed) == rows.tobytes()
+    for token in (3, 5, 7, 11, 13):
+        tiny.step(state, token)
+    kept = np.frombuffer(to_dsv4(state).layers[layer].compressed, "<f4")
+    assert np.array_equal(kept[: len(rows)], rows) and len(kept) > len(rows)

@@ -22,7 +22,7 @@ import numpy as np
 from kvdb_engine import model
 from kvdb_engine.engine import Engine
 from kvdb_engine.selfcheck import everything
-from kvdb_engine.state import State, state_bytes
+from kvdb_engine.state import State
 from kvdb_engine.synthetic_model import FLASH
 from kvdb_engine.weights_random import random_model
 from tests.engine.conftest import records, restore
@@ -127,7 +127,7 @@ def snapshot(engine: Engine, live: State) -> bool:
     say(
         f"snapshot of {live.n_tokens} tokens: {len(pages)} pages and a tail of {len(tail) / 2**20:.1f} MiB, "
         f"{size / 2**20:.1f} MiB in all ({size / live.n_tokens:.0f} bytes/token; live "
-        f"{state_bytes(live.layout, live.n_tokens) / 2**20:.0f} MiB as f32); "
+        f"{live.nbytes / 2**20:.0f} MiB); "
         f"to records {written - started:.2f} s, restored {done - written:.2f} s"
     )
     equal = everything(engine, restored) == everything(engine, live)
