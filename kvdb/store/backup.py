@@ -85,7 +85,7 @@ def _copy_segment(
     """Copy the live extents at `start` and later, and the header if it starts anew; return their bytes."""
     name = segment_name(segment_id)
     wanted = merged([extent for extent in live if extent.offset >= start])
-    if start and not wanted:
+    if start and start == row.committed:
         return 0
     if not start and (folder / name).exists():
         files.unlink(folder / name)  # of an interrupted backup, or of another store

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 PROGRAMS = sorted(
-    path for path in Path(__file__).parent.glob("*.py") if path.name not in ("test_show.py", "records.py")
+    path
+    for path in Path(__file__).parent.glob("*.py")
+    if not path.name.startswith("test_") and path.name != "records.py"
 )
 
 

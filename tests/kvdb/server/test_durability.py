@@ -46,6 +46,22 @@ def test_quit_waits_for_durability(start: StartDaemon) -> None:
     assert wire("DBSIZE") == (":", b"20")
 
 
+def test_always_holds_for_commands_that_take_time(start: StartDaemon) -> None:
+    """PREFILL and EXTEND are writes too: what they answered survives SIGKILL."""
+    options = {"appendfsync": "always", "model": "synthetic:dsv4-nano"}
+    daemon = start(**options)
+    wire = daemon.wire()
+    for n in range(3):
+        assert wire("PREFILL", f"s{n}", "TOKENS", 3, 1, 2, 3)[0] in "*%"
+    assert wire("EXTEND", "s0", "TOKENS", 1, 4)[0] in "*%"
+    logits = wire("LOGITS", "s0", "RAW")
+    assert wire("EXTEND", "s2", "TOKENS", 1, 4)[0] in "*%"
+    daemon.stop(signal.SIGKILL)
+    wire = start(daemon.folder, **options).wire()
+    assert wire("DBSIZE") == (":", b"3")
+    assert wire("LOGITS", "s0", "RAW") == wire("LOGITS", "s2", "RAW") == logits
+
+
 def write_until_gone(daemon: Daemon, number: int, acknowledged: dict[bytes, bytes]) -> None:
     wire = daemon.wire()
     at = 0

@@ -82,6 +82,19 @@ async def test_a_backup_of_a_busy_store_is_consistent(tmp_path: Path) -> None:
         assert value == pack_ids(tokens(2 * PAGE, seed=int(key[1:])))
 
 
+async def test_a_segment_that_grew_by_dead_records_only(tmp_path: Path) -> None:
+    """The copy must be as long as the new index says, or a daemon on it would find it short."""
+    store = await open_store(tmp_path / "live")
+    await put_snapshot(store, b"a", tokens(2 * PAGE))
+    await store.backup(tmp_path / "copy")
+    await put_snapshot(store, b"b", tokens(3 * PAGE, seed=1))
+    store.keyspace.delete(0, b"b")
+    await store.keyspace.flush()
+    assert (await store.backup(tmp_path / "copy")).bytes_copied == 0
+    await store.close()
+    assert await contents(tmp_path / "copy") == {b"a": pack_ids(tokens(2 * PAGE))}
+
+
 async def test_freed_bytes_are_given_back_after_a_backup(tmp_path: Path) -> None:
     store = await open_store(tmp_path / "live")
     await put_snapshot(store, b"a", tokens(20 * PAGE))
