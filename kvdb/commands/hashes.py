@@ -7,61 +7,19 @@ from typing import TYPE_CHECKING
 
 from kvdb.commands.access import changed
 from kvdb.commands.keys import parse_cursor, parse_scan_options
+from kvdb.commands.members import for_writing, read, store
 from kvdb.commands.numbers import add_decimals, check_decimal
 from kvdb.commands.parse import INT_MAX, INT_MIN, SYNTAX, parse_float, parse_int
 from kvdb.commands.registry import handler
 from kvdb.containers import Fields
-from kvdb.errors import KvdbError, WrongTypeError
+from kvdb.errors import KvdbError
 from kvdb.glob import matches
-from kvdb.store.entries import Entry, EntryType
 from kvdb_protocol.resp import OK, Reply
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client
 
-_HASH = EntryType.HASH
-_NO_FIELDS = Fields()
 _MAX_REPEATS = 10_000_000  # a negative count may ask for any number of repeats: this many are a reply of 100 MB
-
-
-def read(client: Client, key: bytes) -> Fields:
-    """The fields of a hash, empty for a missing key; not to be changed. Raises WrongTypeError."""
-    server = client.server
-    entry = server.keyspace.get(client.db, key)
-    if entry is None:
-        server.statistics.keyspace_misses += 1
-        if server.observers.is_active:
-            server.observers.notify(client.db, key, "keymiss", "m")
-        return _NO_FIELDS
-    server.statistics.keyspace_hits += 1
-    if not isinstance(entry.value, Fields):
-        raise WrongTypeError
-    return entry.value
-
-
-def for_writing(client: Client, key: bytes) -> tuple[Fields, int]:
-    """(fields, expiry) of a hash or of a new one; the fields may be changed and must then be `store`d."""
-    keyspace = client.server.keyspace
-    entry = keyspace.get(client.db, key)
-    if entry is None:
-        fields = Fields()
-        fields.round = keyspace.round
-        return fields, 0
-    if not isinstance(entry.value, Fields):
-        raise WrongTypeError
-    return entry.value.writable(keyspace.round), entry.expire_ms
-
-
-def store(client: Client, key: bytes, fields: Fields, expire_ms: int, event: str) -> None:
-    """Put changed fields back; a hash without fields is deleted."""
-    keyspace = client.server.keyspace
-    if fields:
-        keyspace.put(client.db, key, Entry(_HASH, expire_ms, fields))
-        changed(client, key, event, "h")
-    else:
-        keyspace.delete(client.db, key)
-        changed(client, key, event, "h")
-        changed(client, key, "del", "g")
 
 
 @handler("HSET")
@@ -88,7 +46,7 @@ def hmset(client: Client, args: list[bytes]) -> Reply:
 def _set_all(client: Client, args: list[bytes], command: str) -> int:
     if len(args) % 2 == 0:
         raise KvdbError(f"wrong number of arguments for '{command}' command")
-    fields, expire_ms = for_writing(client, args[0])
+    fields, expire_ms = for_writing(client, args[0], Fields)
     n_new = 0
     for at in range(1, len(args), 2):
         n_new += fields.add(args[at], args[at + 1])
@@ -100,7 +58,7 @@ def _set_all(client: Client, args: list[bytes], command: str) -> int:
 def hsetnx(client: Client, args: list[bytes]) -> Reply:
     """1 if set, 0 if the field existed."""
     key, field, value = args
-    fields, expire_ms = for_writing(client, key)
+    fields, expire_ms = for_writing(client, key, Fields)
     if field in fields:
         return 0
     fields.add(field, value)
@@ -111,56 +69,56 @@ def hsetnx(client: Client, args: list[bytes]) -> Reply:
 @handler("HGET")
 def hget(client: Client, args: list[bytes]) -> Reply:
     """The value, or null."""
-    return read(client, args[0]).get(args[1])
+    return read(client, args[0], Fields).get(args[1])
 
 
 @handler("HMGET")
 def hmget(client: Client, args: list[bytes]) -> Reply:
     """The values, null for missing fields."""
-    fields = read(client, args[0])
+    fields = read(client, args[0], Fields)
     return [fields.get(field) for field in args[1:]]
 
 
 @handler("HGETALL")
 def hgetall(client: Client, args: list[bytes]) -> Reply:
     """A map."""
-    return dict(read(client, args[0]))
+    return dict(read(client, args[0], Fields))
 
 
 @handler("HKEYS")
 def hkeys(client: Client, args: list[bytes]) -> Reply:
     """The fields."""
-    return list(read(client, args[0]))
+    return list(read(client, args[0], Fields))
 
 
 @handler("HVALS")
 def hvals(client: Client, args: list[bytes]) -> Reply:
     """The values."""
-    return list(read(client, args[0]).values())
+    return list(read(client, args[0], Fields).values())
 
 
 @handler("HLEN")
 def hlen(client: Client, args: list[bytes]) -> Reply:
     """Number of fields."""
-    return len(read(client, args[0]))
+    return len(read(client, args[0], Fields))
 
 
 @handler("HEXISTS")
 def hexists(client: Client, args: list[bytes]) -> Reply:
     """1 or 0."""
-    return int(args[1] in read(client, args[0]))
+    return int(args[1] in read(client, args[0], Fields))
 
 
 @handler("HSTRLEN")
 def hstrlen(client: Client, args: list[bytes]) -> Reply:
     """Length of the value, 0 for a missing field."""
-    return len(read(client, args[0]).get(args[1], b""))
+    return len(read(client, args[0], Fields).get(args[1], b""))
 
 
 @handler("HDEL")
 def hdel(client: Client, args: list[bytes]) -> Reply:
     """How many fields were there."""
-    fields, expire_ms = for_writing(client, args[0])
+    fields, expire_ms = for_writing(client, args[0], Fields)
     gone = sum([fields.pop(field, None) is not None for field in args[1:]])
     if gone:
         store(client, args[0], fields, expire_ms, "hdel")
@@ -172,7 +130,7 @@ def hincrby(client: Client, args: list[bytes]) -> Reply:
     """The new value."""
     key, field, number = args
     increment = parse_int(number)
-    fields, expire_ms = for_writing(client, key)
+    fields, expire_ms = for_writing(client, key, Fields)
     value = parse_int(fields.get(field, b"0"), "hash value is not an integer") + increment
     if not INT_MIN <= value <= INT_MAX:
         raise KvdbError("increment or decrement would overflow")
@@ -188,7 +146,7 @@ def hincrbyfloat(client: Client, args: list[bytes]) -> Reply:
     if b"inf" in number.lower() and abs(parse_float(number)) == float("inf"):
         raise KvdbError("value is NaN or Infinity")
     check_decimal(number)
-    fields, expire_ms = for_writing(client, key)
+    fields, expire_ms = for_writing(client, key, Fields)
     value = add_decimals(fields.get(field, b"0"), number, "hash value is not a float")
     fields.add(field, value)
     store(client, key, fields, expire_ms, "hincrbyfloat")
@@ -200,7 +158,7 @@ def hrandfield(client: Client, args: list[bytes]) -> Reply:
     """One field; with a count different ones, with a negative count any."""
     with_values = len(args) == 3
     count = parse_random_count(args, b"WITHVALUES") if len(args) > 1 else None
-    fields = read(client, args[0])
+    fields = read(client, args[0], Fields)
     if count is None:
         return random.choice(list(fields)) if fields else None
     chosen = pick(list(fields), count)
@@ -238,7 +196,7 @@ def pick(members: list[bytes], count: int) -> list[bytes]:
 def hscan(client: Client, args: list[bytes]) -> Reply:
     """The next cursor, and some fields with their values."""
     cursor = parse_cursor(args[1])
-    fields = read(client, args[0])
+    fields = read(client, args[0], Fields)
     count, pattern, _ = parse_scan_options(args[2:] if fields else [])
     cursor, names = fields.scan(cursor, count)
     items: list[Reply] = []

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvdb.commands.access import changed
+from kvdb.commands.members import for_writing, read, store
 from kvdb.commands.parse import SYNTAX, parse_bound, parse_int
 from kvdb.commands.registry import handler
-from kvdb.commands.sorted_sets import for_writing, pairs_reply, read, store
+from kvdb.commands.sorted_sets import pairs_reply
 from kvdb.containers import Members
 from kvdb.errors import KvdbError
 from kvdb.store.entries import Entry, EntryType
@@ -142,7 +143,7 @@ def _parse_old(args: list[bytes], kind: bytes, *, reverse: bool) -> _Query:
 
 def _answer(client: Client, key: bytes, query: _Query) -> Reply:
     _check(query)
-    return pairs_reply(client, _select(read(client, key), query), query.with_scores)
+    return pairs_reply(client, _select(read(client, key, Members), query), query.with_scores)
 
 
 @handler("ZRANGE")
@@ -187,7 +188,7 @@ def zrangestore(client: Client, args: list[bytes]) -> Reply:
     target, source = args[:2]
     query = _parse(args[2:], store=True)
     _check(query)
-    found = _select(read(client, source), query)
+    found = _select(read(client, source, Members), query)
     keyspace = client.server.keyspace
     if found:
         members = Members({member: score for score, member in found})
@@ -202,7 +203,7 @@ def zrangestore(client: Client, args: list[bytes]) -> Reply:
 def zcount(client: Client, args: list[bytes]) -> Reply:
     """Number of members with scores in a range."""
     by_score(Members(), args[1], args[2])
-    start, stop = by_score(read(client, args[0]), args[1], args[2])
+    start, stop = by_score(read(client, args[0], Members), args[1], args[2])
     return stop - start
 
 
@@ -210,7 +211,7 @@ def zcount(client: Client, args: list[bytes]) -> Reply:
 def zlexcount(client: Client, args: list[bytes]) -> Reply:
     """Number of members with names in a range."""
     by_name(Members(), args[1], args[2])
-    start, stop = by_name(read(client, args[0]), args[1], args[2])
+    start, stop = by_name(read(client, args[0], Members), args[1], args[2])
     return stop - start
 
 
@@ -218,7 +219,7 @@ def zlexcount(client: Client, args: list[bytes]) -> Reply:
 def zremrangebyrank(client: Client, args: list[bytes]) -> Reply:
     """How many were removed."""
     low, high = parse_int(args[1]), parse_int(args[2])
-    members, expire_ms = for_writing(client, args[0])
+    members, expire_ms = for_writing(client, args[0], Members)
     return _remove(client, args[0], members, expire_ms, by_rank(members, low, high), "zremrangebyrank")
 
 
@@ -226,7 +227,7 @@ def zremrangebyrank(client: Client, args: list[bytes]) -> Reply:
 def zremrangebyscore(client: Client, args: list[bytes]) -> Reply:
     """How many were removed."""
     by_score(Members(), args[1], args[2])
-    members, expire_ms = for_writing(client, args[0])
+    members, expire_ms = for_writing(client, args[0], Members)
     return _remove(client, args[0], members, expire_ms, by_score(members, args[1], args[2]), "zremrangebyscore")
 
 
@@ -234,7 +235,7 @@ def zremrangebyscore(client: Client, args: list[bytes]) -> Reply:
 def zremrangebylex(client: Client, args: list[bytes]) -> Reply:
     """How many were removed."""
     by_name(Members(), args[1], args[2])
-    members, expire_ms = for_writing(client, args[0])
+    members, expire_ms = for_writing(client, args[0], Members)
     return _remove(client, args[0], members, expire_ms, by_name(members, args[1], args[2]), "zremrangebylex")
 
 

@@ -6,63 +6,20 @@ import math
 import random
 from typing import TYPE_CHECKING
 
-from kvdb.commands.access import changed
 from kvdb.commands.hashes import parse_random_count, pick
 from kvdb.commands.keys import parse_cursor, parse_scan_options
+from kvdb.commands.members import for_writing, read, store
 from kvdb.commands.parse import SYNTAX, parse_float, parse_int
 from kvdb.commands.registry import handler
 from kvdb.containers import Members
-from kvdb.errors import KvdbError, WrongTypeError
+from kvdb.errors import KvdbError
 from kvdb.glob import matches
-from kvdb.store.entries import Entry, EntryType
 from kvdb_protocol.resp import Reply, format_double
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client
 
-_ZSET = EntryType.ZSET
-_NO_MEMBERS = Members()
 _NOT_A_NUMBER = "resulting score is not a number (NaN)"
-
-
-def read(client: Client, key: bytes) -> Members:
-    """The members of a sorted set, none for a missing key; not to be changed. Raises WrongTypeError."""
-    server = client.server
-    entry = server.keyspace.get(client.db, key)
-    if entry is None:
-        server.statistics.keyspace_misses += 1
-        if server.observers.is_active:
-            server.observers.notify(client.db, key, "keymiss", "m")
-        return _NO_MEMBERS
-    server.statistics.keyspace_hits += 1
-    if not isinstance(entry.value, Members):
-        raise WrongTypeError
-    return entry.value
-
-
-def for_writing(client: Client, key: bytes) -> tuple[Members, int]:
-    """(members, expiry) of a sorted set or of a new one; they may be changed and must then be `store`d."""
-    keyspace = client.server.keyspace
-    entry = keyspace.get(client.db, key)
-    if entry is None:
-        members = Members()
-        members.round = keyspace.round
-        return members, 0
-    if not isinstance(entry.value, Members):
-        raise WrongTypeError
-    return entry.value.writable(keyspace.round), entry.expire_ms
-
-
-def store(client: Client, key: bytes, members: Members, expire_ms: int, event: str) -> None:
-    """Put changed members back; a set without members is deleted."""
-    keyspace = client.server.keyspace
-    if len(members):
-        keyspace.put(client.db, key, Entry(_ZSET, expire_ms, members))
-        changed(client, key, event, "z")
-    else:
-        keyspace.delete(client.db, key)
-        changed(client, key, event, "z")
-        changed(client, key, "del", "g")
 
 
 def score_text(score: float) -> bytes:
@@ -102,7 +59,7 @@ def _add(client: Client, args: list[bytes]) -> int | float | None:
     if b"INCR" in options and len(rest) > 2:
         raise KvdbError("INCR option supports a single increment-element pair")
     scores = [parse_float(text) for text in rest[::2]]
-    members, expire_ms = for_writing(client, key)
+    members, expire_ms = for_writing(client, key, Members)
     n_new = n_changed = 0
     result: float | None = None
     for score, member in zip(scores, rest[1::2], strict=True):
@@ -139,32 +96,32 @@ def zincrby(client: Client, args: list[bytes]) -> Reply:
 @handler("ZCARD")
 def zcard(client: Client, args: list[bytes]) -> Reply:
     """Number of members."""
-    return len(read(client, args[0]))
+    return len(read(client, args[0], Members))
 
 
 @handler("ZSCORE")
 def zscore(client: Client, args: list[bytes]) -> Reply:
     """The score, or null."""
-    return read(client, args[0]).scores.get(args[1])
+    return read(client, args[0], Members).scores.get(args[1])
 
 
 @handler("ZMSCORE")
 def zmscore(client: Client, args: list[bytes]) -> Reply:
     """The scores, null for missing members."""
-    scores = read(client, args[0]).scores
+    scores = read(client, args[0], Members).scores
     return [scores.get(member) for member in args[1:]]
 
 
 @handler("ZRANK")
 def zrank(client: Client, args: list[bytes]) -> Reply:
     """The rank from the lowest score, or null."""
-    return read(client, args[0]).rank(args[1])
+    return read(client, args[0], Members).rank(args[1])
 
 
 @handler("ZREVRANK")
 def zrevrank(client: Client, args: list[bytes]) -> Reply:
     """The rank from the highest score, or null."""
-    members = read(client, args[0])
+    members = read(client, args[0], Members)
     rank = members.rank(args[1])
     return None if rank is None else len(members) - 1 - rank
 
@@ -172,7 +129,7 @@ def zrevrank(client: Client, args: list[bytes]) -> Reply:
 @handler("ZREM")
 def zrem(client: Client, args: list[bytes]) -> Reply:
     """How many were there."""
-    members, expire_ms = for_writing(client, args[0])
+    members, expire_ms = for_writing(client, args[0], Members)
     gone = sum([members.remove(member) for member in args[1:]])
     if gone:
         store(client, args[0], members, expire_ms, "zrem")
@@ -197,7 +154,7 @@ def _pop(client: Client, args: list[bytes], *, highest: bool) -> Reply:
     count = parse_int(args[1], "value is out of range, must be positive") if len(args) == 2 else 1
     if count < 0:
         raise KvdbError("value is out of range, must be positive")
-    members, expire_ms = for_writing(client, args[0])
+    members, expire_ms = for_writing(client, args[0], Members)
     size = len(members)
     count = min(count, size)
     popped = members.ordered[size - count :][::-1] if highest else members.ordered[:count]
@@ -214,7 +171,7 @@ def _pop(client: Client, args: list[bytes], *, highest: bool) -> Reply:
 def zrandmember(client: Client, args: list[bytes]) -> Reply:
     """One member; with a count different ones, with a negative count any."""
     count = parse_random_count(args, b"WITHSCORES") if len(args) > 1 else None
-    scores = read(client, args[0]).scores
+    scores = read(client, args[0], Members).scores
     if count is None:
         return random.choice(list(scores)) if scores else None
     chosen = pick(list(scores), count)
@@ -225,7 +182,7 @@ def zrandmember(client: Client, args: list[bytes]) -> Reply:
 def zscan(client: Client, args: list[bytes]) -> Reply:
     """The next cursor, and some members with their scores."""
     cursor = parse_cursor(args[1])
-    members = read(client, args[0])
+    members = read(client, args[0], Members)
     count, pattern, _ = parse_scan_options(args[2:] if len(members) else [])
     small = cursor == 0 and len(members) <= 128
     cursor, names = (0, [name for _, name in members.ordered]) if small else members.scan(cursor, count)
