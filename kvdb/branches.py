@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from array import array
@@ -31,23 +30,14 @@ async def restore(sessions: Sessions, db: int, key: bytes, name: bytes, *, repla
         session = Session(uid, model, snapshot_id, record.n_tokens, array("I"), used=time.monotonic())
         sessions.open[uid] = session  # so that a state which is loaded in vain is dropped by the next sweep
 
-        async def load() -> None:
+        async with session.lock:
             try:
-                await sessions.make_resident(session)
+                await sessions.make_resident(session)  # the worker gives the token ids, which it has read anyway
             except NoEngineError:
                 await store.check(store.plan(snapshot_id))
-
-        async with session.lock:
-            # The daemon reads the token ids while the worker reads the rows. Both end before anything is decided.
-            data, done = await asyncio.gather(store.token_ids(snapshot_id), load(), return_exceptions=True)
-            for error in (data, done):
-                if isinstance(error, BaseException):
-                    raise error
-            assert isinstance(data, bytes)
-            session.ids = ids_array(data)
+                session.ids = ids_array(await store.token_ids(snapshot_id))
             _check_target(sessions, db, name, replace)
             sessions.adopt(db, name, session)
-    await sessions.sweep()
     return {
         "tokens": session.n_tokens,
         "bytes_read": record.tail_bytes + record.chain_bytes,

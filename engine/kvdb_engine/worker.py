@@ -40,8 +40,8 @@ from kvdb_engine.state_reader import BadRecordError, Buffers, Place, StateReader
 from kvdb_protocol.frames import FrameReader, Message, encode_frame
 from kvdb_protocol.ids import NO_PAGE, Buffer, content_id
 from kvdb_protocol.page import Page, encode_page
-from kvdb_protocol.record import RecordType, encode_header, padding, record_bytes
-from kvdb_protocol.tail import Tail, encode_tail, tail_header
+from kvdb_protocol.record import RecordType, padding, record_bytes
+from kvdb_protocol.tail import Tail, encode_tail, state_header, tail_header
 
 Task = Generator[None, None, Message]
 
@@ -336,7 +336,7 @@ def write_record(handle: int, offset: int, kind: RecordType, record_id: bytes, p
     """
     size = sum(memoryview(piece).nbytes for piece in payload)
     pieces = [
-        memoryview(piece).cast("B") for piece in (encode_header(kind, record_id, payload), *payload, padding(size))
+        memoryview(piece).cast("B") for piece in (state_header(kind, record_id, payload), *payload, padding(size))
     ]
     pieces = [piece for piece in pieces if len(piece)]
     while pieces:

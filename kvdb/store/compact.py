@@ -18,7 +18,8 @@ from kvdb.store.read import Reader, RecordPlace, page_place, tail_place
 from kvdb.store.records import Reservation
 from kvdb.store.rows import PageRow, PlaceRow, RecordType, SegmentRow, SnapshotRow, pack
 from kvdb.store.work import Extent, Work
-from kvdb_protocol.record import SEGMENT_HEADER_BYTES, encode_header, padding, record_bytes
+from kvdb_protocol.record import SEGMENT_HEADER_BYTES, padding, record_bytes
+from kvdb_protocol.tail import state_header
 
 log = logging.getLogger("kvdb.store")
 
@@ -84,7 +85,7 @@ def copy_records(files: Files, places: Sequence[RecordPlace], reservation: Reser
         with Reader(files) as reader:
             for place in places:
                 payload = reader.payload(place)
-                head = encode_header(place.type, place.id, [payload])
+                head = state_header(place.type, place.id, [payload])
                 files.write(fd, head, offset)
                 files.write(fd, payload, offset + len(head))
                 files.write(fd, padding(len(payload)), offset + len(head) + len(payload))

@@ -22,8 +22,8 @@ from kvdb_protocol.errors import FormatError
 from kvdb_protocol.ids import NO_PAGE, Buffer, content_id, extend_prefix, root_prefix
 from kvdb_protocol.layout import Layout
 from kvdb_protocol.page import decode_page
-from kvdb_protocol.record import RecordType, encode_header, padding, record_bytes
-from kvdb_protocol.tail import decode_tail
+from kvdb_protocol.record import RecordType, padding, record_bytes
+from kvdb_protocol.tail import decode_tail, state_header
 
 NAME_BYTES = 200
 
@@ -86,7 +86,7 @@ def export_archive(files: Files, archive: Archive, places: Iterable[RecordPlace]
     with Reader(files) as reader:
         for place in places:
             payload = reader.verified_payload(place)
-            yield encode_header(place.type, place.id, [payload])
+            yield state_header(place.type, place.id, [payload])
             yield payload
             yield padding(len(payload))
 
@@ -180,7 +180,7 @@ def write_state(
             if record is not tail and is_stored(record.id):
                 continue
             at = offset
-            for piece in (encode_header(record.type, record.id, record.payload), *record.payload):
+            for piece in (state_header(record.type, record.id, record.payload), *record.payload):
                 files.write(fd, piece, at)
                 at += memoryview(piece).nbytes
             files.write(fd, padding(record.payload_bytes), at)

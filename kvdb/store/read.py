@@ -20,7 +20,14 @@ from kvdb.store.rows import PageRow, SnapshotRow, record_name
 from kvdb_protocol.errors import FormatError
 from kvdb_protocol.ids import NO_PAGE, content_id, extend_prefix
 from kvdb_protocol.page import page_head
-from kvdb_protocol.record import HEADER_BYTES, RecordType, decode_header, decode_record, record_bytes
+from kvdb_protocol.record import (
+    HEADER_BYTES,
+    RecordType,
+    decode_header,
+    decode_record,
+    decode_record_head,
+    record_bytes,
+)
 from kvdb_protocol.tail import Tail, tail_head
 
 # Header, text and ids of a page of 512 tokens fit in this; reading more would fetch rows nobody asked for.
@@ -118,6 +125,11 @@ class Reader:
             self._files.close(self._fd)
             self._path = None
 
+    @property
+    def files(self) -> Files:
+        """Where it reads."""
+        return self._files
+
     def _bytes(self, place: RecordPlace, n_bytes: int) -> memoryview:
         """The first `n_bytes` of a record in this thread's buffer: valid until its next read."""
         try:
@@ -168,9 +180,15 @@ class Reader:
             return ids
 
     def tail(self, place: RecordPlace) -> Tail:
-        """A tail without its sections; owns its bytes."""
+        """A tail without its sections; owns its bytes. Only the record's head is read where it has one."""
         with _corrupt(place):
-            head = tail_head(self.payload(place))
+            header = decode_header(self._bytes(place, HEADER_BYTES))
+            _compare(place, header.type, header.id16, header.payload_bytes)
+            if header.head_bytes:
+                _, payload = decode_record_head(self._bytes(place, HEADER_BYTES + header.head_bytes))
+            else:
+                payload = self.payload(place)
+            head = tail_head(payload)
         return replace(head, ids=bytes(head.ids), logits=bytes(head.logits))
 
     def token_ids(self, places: Sequence[RecordPlace], root: bytes) -> bytes:

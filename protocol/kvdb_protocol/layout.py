@@ -150,6 +150,17 @@ class Layout:
             case _:
                 return frontier_rows(ratio, n_tokens)
 
+    def tail_row_counts(self, n_tokens: int) -> list[int]:
+        """`tail_rows` of each tail section. Layers of one ratio have the same: only one of each kind is computed."""
+        counts: dict[tuple[Part, int], int] = {}
+        found = []
+        for section in self.tail_sections:
+            kind = (section.part, self.ratios[section.layer])
+            if kind not in counts:
+                counts[kind] = self.tail_rows(section, n_tokens)
+            found.append(counts[kind])
+        return found
+
     def n_pages(self, n_tokens: int) -> int:
         """Full pages of a state of `n_tokens`."""
         return n_tokens // self.page_tokens

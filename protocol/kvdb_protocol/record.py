@@ -10,18 +10,23 @@ Segment header, 4096 bytes                        Record, starts on a 4096-byte 
      36 ..  zero                                       24   4  u32 crc32c of the payload
                                                        28   4  u32 crc32c of this header with this field zero
                                                        32  16  first 16 bytes of the id
-                                                       48  16  zero
+                                                       48   4  u32 bytes of the payload's head, 0 for none
+                                                       52   4  u32 crc32c of the head
+                                                       56   8  zero
                                                        64  ..  payload, then zeros to the next boundary
 
-All integers little-endian. Readers check both checksums before they look at a payload.
+All integers little-endian. Readers check the header's checksum and the payload's before they look at a payload, or the
+head's before they look at its head: of a tail that is all but the rows. Records of earlier versions have no head.
 """
 
 from __future__ import annotations
 
+import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 import google_crc32c
 import numpy as np
@@ -38,8 +43,11 @@ VERSION = 1
 
 _TYPES = frozenset(range(1, 4))
 _SEGMENT = struct.Struct("<8sIIQQ")
-_RECORD = struct.Struct("<4sBBHQQII16s16x")
+_RECORD = struct.Struct("<4sBBHQQII16sII8x")
+# From here on a checksum takes longer than letting other threads run meanwhile.
+FREE_BYTES = 64 << 10
 _CRC_AT = 28
+_CASTAGNOLI = 0x82F63B78
 
 
 class RecordType(IntEnum):
@@ -59,6 +67,8 @@ class RecordHeader:
     payload_bytes: int
     payload_crc: int
     id16: bytes
+    head_bytes: int
+    head_crc: int
 
     @property
     def record_bytes(self) -> int:
@@ -66,13 +76,62 @@ class RecordHeader:
         return record_bytes(self.payload_bytes)
 
 
-def crc32c(buffers: Sequence[Buffer]) -> int:
-    """crc32c (Castagnoli) of the concatenation of the buffers."""
-    crc = 0
+def _library() -> Callable[[int, int, int], int] | None:
+    """crc32c_extend of the C library beneath google_crc32c, or None where that package is built without it.
+
+    The package's own function computes the same, but holds the interpreter's lock meanwhile: threads that check
+    records would wait for each other.
+    """
+    try:
+        from google_crc32c import _crc32c
+
+        function = ctypes.CDLL(_crc32c.__file__).crc32c_extend
+    except (ImportError, OSError, AttributeError):
+        return None
+    function.restype = ctypes.c_uint32
+    function.argtypes = (ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t)
+    found: Callable[[int, int, int], int] = function
+    return found
+
+
+_extend = _library()
+
+
+def crc32c(buffers: Sequence[Buffer], crc: int = 0) -> int:
+    """crc32c (Castagnoli) of the concatenation of the buffers, behind bytes whose crc32c is `crc`."""
     for buffer in buffers:
         # The C extension refuses memoryviews, but takes an array over the same memory: no copy either way.
-        crc = google_crc32c.extend(crc, buffer if isinstance(buffer, bytes) else np.frombuffer(buffer, np.uint8))
+        data = buffer if isinstance(buffer, bytes) else np.frombuffer(buffer, np.uint8)
+        if _extend is None or len(data) < FREE_BYTES:
+            crc = google_crc32c.extend(crc, data)
+        else:
+            crc = _extend(crc, np.frombuffer(data, np.uint8).ctypes.data, len(data))
     return crc
+
+
+def crc32c_join(first: int, second: int, n_second: int) -> int:
+    """crc32c of two byte strings one behind the other, from their own checksums and the length of the second."""
+    return _multiply(first, _power_of_x(8 * n_second)) ^ second
+
+
+def _multiply(a: int, b: int) -> int:
+    """Product of two polynomials modulo the checksum's; the coefficient of x**0 is the highest bit."""
+    product = 0
+    while a:
+        if a & 0x80000000:
+            product ^= b
+        a = a << 1 & 0xFFFFFFFF
+        b = b >> 1 ^ (_CASTAGNOLI if b & 1 else 0)
+    return product
+
+
+@lru_cache(maxsize=256)
+def _power_of_x(n: int) -> int:
+    if n < 32:
+        return 0x80000000 >> n
+    half = _power_of_x(n // 2)
+    square = _multiply(half, half)
+    return _multiply(square, 0x40000000) if n % 2 else square
 
 
 def aligned(n_bytes: int) -> int:
@@ -85,12 +144,29 @@ def record_bytes(payload_bytes: int) -> int:
     return aligned(HEADER_BYTES + payload_bytes)
 
 
-def encode_header(record_type: RecordType, record_id: bytes, payload: Sequence[Buffer]) -> bytes:
-    """Build the 64 header bytes of a record whose payload is given in pieces."""
-    n_bytes = sum(memoryview(piece).nbytes for piece in payload)
-    fields = (RECORD_MAGIC, record_type, VERSION, 0, n_bytes, n_bytes, crc32c(payload))
-    bare = _RECORD.pack(*fields, 0, record_id[:16])
-    return _RECORD.pack(*fields, google_crc32c.value(bare), record_id[:16])
+def encode_header(record_type: RecordType, record_id: bytes, payload: Sequence[Buffer], head_bytes: int = 0) -> bytes:
+    """Build the 64 header bytes of a record whose payload is given in pieces.
+
+    head_bytes: so much of the payload's begin gets a checksum of its own.
+    """
+    head, rest = [], []
+    left = head_bytes
+    for piece in (memoryview(piece).cast("B") for piece in payload):
+        head.append(piece[:left])
+        rest.append(piece[left:])
+        left -= min(left, len(piece))
+    head_crc = crc32c(head)
+    n_bytes = sum(map(len, (*head, *rest)))
+    return pack_header(record_type, record_id, n_bytes, crc32c(rest, head_crc), head_bytes, head_crc)
+
+
+def pack_header(
+    record_type: RecordType, record_id: bytes, n_bytes: int, payload_crc: int, head_bytes: int = 0, head_crc: int = 0
+) -> bytes:
+    """The 64 header bytes of a record whose payload's length and checksum are known."""
+    fields = (RECORD_MAGIC, record_type, VERSION, 0, n_bytes, n_bytes, payload_crc)
+    last = (record_id[:16], head_bytes, head_crc)
+    return _RECORD.pack(*fields, google_crc32c.value(_RECORD.pack(*fields, 0, *last)), *last)
 
 
 def padding(payload_bytes: int) -> bytes:
@@ -103,7 +179,8 @@ def decode_header(data: Buffer) -> RecordHeader:
     if len(data) < HEADER_BYTES:
         raise FormatError(f"record header is truncated: {len(data)} of {HEADER_BYTES} bytes")
     head = bytes(data[:HEADER_BYTES])
-    magic, record_type, version, flags, n_bytes, decoded_bytes, payload_crc, header_crc, id16 = _RECORD.unpack(head)
+    magic, record_type, version, flags, n_bytes, decoded_bytes, payload_crc, header_crc, *last = _RECORD.unpack(head)
+    id16, head_bytes, head_crc = last
     if magic != RECORD_MAGIC:
         raise FormatError(f"not a record: magic {magic!r}")
     if google_crc32c.value(head[:_CRC_AT] + b"\0\0\0\0" + head[_CRC_AT + 4 :]) != header_crc:
@@ -114,7 +191,9 @@ def decode_header(data: Buffer) -> RecordHeader:
         raise FormatError(f"unknown record type {record_type}")
     if decoded_bytes != n_bytes or flags:
         raise VersionError("record uses compression or flags this version does not know")
-    return RecordHeader(RecordType(record_type), flags, n_bytes, payload_crc, id16)
+    if head_bytes > n_bytes:
+        raise FormatError(f"the head has {head_bytes} bytes, the payload {n_bytes}")
+    return RecordHeader(RecordType(record_type), flags, n_bytes, payload_crc, id16, head_bytes, head_crc)
 
 
 def decode_record(data: Buffer) -> tuple[RecordHeader, memoryview]:
@@ -123,8 +202,23 @@ def decode_record(data: Buffer) -> tuple[RecordHeader, memoryview]:
     view = memoryview(data)[HEADER_BYTES : HEADER_BYTES + header.payload_bytes]
     if len(view) < header.payload_bytes:
         raise FormatError(f"record payload is truncated: {len(view)} of {header.payload_bytes} bytes")
-    if crc32c([view]) != header.payload_crc:
+    head_crc = crc32c([view[: header.head_bytes]])
+    if crc32c([view[header.head_bytes :]], head_crc) != header.payload_crc or head_crc != header.head_crc:
         raise ChecksumError("record payload checksum mismatch")
+    return header, view
+
+
+def decode_record_head(data: Buffer) -> tuple[RecordHeader, memoryview]:
+    """Check the header of a record and the head of its payload; return the header and a view of the head.
+
+    `data` may end where the head ends. The head is empty in a record that was written without one.
+    """
+    header = decode_header(data)
+    view = memoryview(data)[HEADER_BYTES : HEADER_BYTES + header.head_bytes]
+    if len(view) < header.head_bytes:
+        raise FormatError(f"head of a record is truncated: {len(view)} of {header.head_bytes} bytes")
+    if crc32c([view]) != header.head_crc:
+        raise ChecksumError("record head checksum mismatch")
     return header, view
 
 

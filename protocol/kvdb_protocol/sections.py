@@ -87,11 +87,17 @@ def _spans(layout: Layout, wanted: Sequence[Section], n_rows: Sequence[int], cod
         raise FormatError("section codecs are truncated")
     at = len(wanted) + len(pad4(len(wanted)))
     spans = []
+    # A tail has hundreds of sections and few kinds of rows.
+    kinds: dict[tuple[int, int], tuple[Codec, int]] = {}
     for section, count, code in zip(wanted, n_rows, codecs, strict=True):
-        if code not in Codec.__members__.values():
-            raise FormatError(f"unknown codec {code} in layer {section.layer} {section.part.name}")
-        end = at + layout.section_bytes(section, Codec(code), count)
-        spans.append((Codec(code), at, end))
+        kind = kinds.get((code, section.width))
+        if kind is None:
+            if code not in Codec.__members__.values():
+                raise FormatError(f"unknown codec {code} in layer {section.layer} {section.part.name}")
+            kind = kinds[code, section.width] = Codec(code), layout.section_bytes(section, Codec(code), 1)
+        codec, row = kind
+        end = at + count * row
+        spans.append((codec, at, end))
         at = end
     return spans
 

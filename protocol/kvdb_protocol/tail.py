@@ -13,7 +13,7 @@
       .   .  sections (sections.py): rows past the last page, windows, frontiers (layout.tail_sections)
 
 The snapshot id is the blake3 hash of the payload: it covers the model, the leaf page (so the whole prefix) and the
-rest.
+rest. All before the sections is the record's head (record.py): SAMPLE and LOGITS read that alone, 0.5 MB of 9.
 Frontier rows that hold no token are not written; a reader fills them with kv = 0 and score = -1e30.
 """
 
@@ -28,6 +28,7 @@ from kvdb_protocol.dsv4 import Dsv4Header
 from kvdb_protocol.errors import FormatError, VersionError
 from kvdb_protocol.ids import Buffer
 from kvdb_protocol.layout import Layout
+from kvdb_protocol.record import RecordType, encode_header
 from kvdb_protocol.sections import PackedSection, decode_sections, encode_sections, pad4
 
 VERSION = 2
@@ -87,8 +88,24 @@ def encode_tail(tail: Tail) -> list[Buffer]:
     return [tail.header.to_bytes() + rest, text, tail.ids, tail.logits, *encode_sections(tail.sections)]
 
 
+def head_bytes(payload: Sequence[Buffer]) -> int:
+    """Bytes of a tail's payload before its sections. payload: in pieces, the first with at least the fixed fields."""
+    fixed = memoryview(payload[0])
+    if len(fixed) < _HEAD_BYTES:
+        raise FormatError(f"tail is truncated: {len(fixed)} bytes")
+    header = Dsv4Header.from_bytes(fixed)
+    sizes: tuple[int, int] = _REST.unpack_from(fixed, DSV4_BYTES)[:2]
+    text_bytes, first = sizes
+    return _HEAD_BYTES + text_bytes + len(pad4(text_bytes)) + 4 * (header.n_tokens - first) + 4 * header.vocab
+
+
+def state_header(record_type: RecordType, record_id: bytes, payload: Sequence[Buffer]) -> bytes:
+    """The record header of a page or tail; a tail's has a head."""
+    return encode_header(record_type, record_id, payload, head_bytes(payload) if record_type is RecordType.TAIL else 0)
+
+
 def tail_head(payload: memoryview) -> Tail:
-    """Decode everything but the sections: needs no layout (SAMPLE, LOGITS, dump, fsck)."""
+    """Decode everything but the sections: needs no layout (SAMPLE, LOGITS, dump, fsck). `payload` may be its head."""
     if len(payload) < _HEAD_BYTES:
         raise FormatError(f"tail is truncated: {len(payload)} bytes")
     header = Dsv4Header.from_bytes(payload)
@@ -114,6 +131,6 @@ def decode_tail(layout: Layout, payload: memoryview) -> Tail:
     if head.header != tail_header(layout, head.n_tokens):
         raise FormatError("tail was written for another layout")
     at = _HEAD_BYTES + len(head.text) + len(pad4(len(head.text))) + len(head.ids) + len(head.logits)
-    rows = [layout.tail_rows(section, head.n_tokens) for section in layout.tail_sections]
+    rows = layout.tail_row_counts(head.n_tokens)
     sections = decode_sections(layout, layout.tail_sections, rows, payload[at:], "tail")
     return Tail(head.header, head.fingerprint, head.leaf, head.first, head.ids, head.text, head.logits, sections)

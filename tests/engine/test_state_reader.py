@@ -66,9 +66,11 @@ def test_a_state_comes_back_and_every_row_is_checked(places: list[Place]) -> Non
         assert reader.page_ids == [place[3] for place in places[:3]]
 
 
-def test_pages_come_through_two_buffers(places: list[Place], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvdb_engine.state_reader.RUN_BYTES", 1)
+def test_pages_come_through_few_buffers(places: list[Place], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvdb_engine.state_reader.PIECE_BYTES", 4096)
+    monkeypatch.setattr("kvdb_engine.state_reader.AHEAD", 2)
     with StateReader(INFO.layout, places) as reader:
+        reader.tail()
         pages = reader.pages()
         first = next(pages)
         before = bytes(first.ids)
@@ -77,9 +79,11 @@ def test_pages_come_through_two_buffers(places: list[Place], monkeypatch: pytest
         assert bytes(first.ids) != before  # so whoever keeps a page must copy it
 
 
-@pytest.mark.parametrize("run_bytes", [1, 40_000, 1 << 30])
-def test_runs_of_any_size_read_the_same(places: list[Place], monkeypatch: pytest.MonkeyPatch, run_bytes: int) -> None:
-    monkeypatch.setattr("kvdb_engine.state_reader.RUN_BYTES", run_bytes)
+@pytest.mark.parametrize("piece_bytes", [1000, 40_000, 1 << 30])
+def test_pieces_of_any_size_read_the_same(
+    places: list[Place], monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    monkeypatch.setattr("kvdb_engine.state_reader.PIECE_BYTES", piece_bytes)
     assert read(places) == N_TOKENS
     # Pages that do not lie in order, or not one behind the other, are runs of their own.
     moved = Path(places[0][0]).with_name("2.seg")
@@ -130,9 +134,9 @@ def test_buffers_are_kept_and_states_read_with_them_are_right(places: list[Place
             state = ENGINE.load(reader.pages(), tail)
         assert state.n_tokens == N_TOKENS
     kept = buffers.take("tail", 1).obj
-    assert buffers.take("tail", places[-1][2]).obj is kept
+    assert buffers.take("tail", len(memoryview(tail.logits).obj)).obj is kept
     # The first state stays what it was when the buffers hold something else.
     ids = state.ids.copy()
     buffers.take("tail", 10)[:] = bytes(10)
-    buffers.take("even runs", 10)[:] = bytes(10)
+    buffers.take("run 0", 10)[:] = bytes(10)
     assert np.array_equal(state.ids, ids)

@@ -178,10 +178,10 @@ async def test_a_failed_restore_leaves_nothing_in_the_worker(
     await snapshot(sessions, b"s", b"k")
     before = await resident(sessions)
 
-    async def token_ids(snapshot_id: bytes) -> bytes:
-        raise NoSpaceError("an error of the disk")
+    def adopt(*_: object) -> None:
+        raise NoSpaceError("an error after the state was loaded")
 
-    monkeypatch.setattr(sessions.store, "token_ids", token_ids)
+    monkeypatch.setattr(sessions, "adopt", adopt)
     with pytest.raises(NoSpaceError):
         await branches.restore(sessions, DB, b"k", b"r", replace=False)
     await turns(5)

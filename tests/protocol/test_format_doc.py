@@ -42,6 +42,7 @@ def written() -> dict[str, bytes]:
         "prefix": root + extend_prefix(root, b"\x01\0\0\0"),
         "segment": encode_segment_header(7, 1_699_999_985_664)[:36],
         "record": record + b"hello",
+        "head": encode_header(RecordType.TAIL, bytes(32), [b"hello", b" world"], 5)[48:],
         "page": page(),
         "layout": LAYOUT.to_bytes(),
         "kvc": b"".join(bytes(piece) for piece in encode_kvc(kvc)),

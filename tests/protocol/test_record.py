@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import google_crc32c
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,12 +10,15 @@ from hypothesis import strategies as st
 from kvdb_protocol.errors import ChecksumError, FormatError, VersionError
 from kvdb_protocol.record import (
     ALIGN,
+    FREE_BYTES,
     HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
     RecordType,
     crc32c,
+    crc32c_join,
     decode_header,
     decode_record,
+    decode_record_head,
     decode_segment_header,
     encode_header,
     encode_segment_header,
@@ -28,6 +32,7 @@ RECORD_HEX = (
     "4b565231" "02" "01" "0000" "0500000000000000" "0500000000000000" "4cbb719a" "4820dc25"
     "000102030405060708090a0b0c0d0e0f" "00000000000000000000000000000000" "68656c6c6f"
 )  # fmt: skip
+HEAD_HEX = "050000004cbb719a0000000000000000"
 SEGMENT_HEX = "4b56444253454731" "01000000" "00000000" "0700000000000000" "0030e5cf8b010000"  # fmt: skip
 
 
@@ -56,12 +61,50 @@ def test_crc32c_is_castagnoli_over_any_buffers() -> None:
     assert crc32c([bytearray(b"1234"), memoryview(b"xx56789")[2:], b""]) == 0xE3069283
 
 
+def test_long_buffers_have_the_checksum_of_the_package() -> None:
+    data = bytes(range(256)) * (FREE_BYTES // 256 + 1)
+    assert crc32c([data]) == crc32c([memoryview(data)[1:]], crc32c([data[:1]])) == google_crc32c.value(data)
+    assert crc32c([data], 7) == google_crc32c.extend(7, data)
+
+
+@given(st.binary(max_size=50), st.binary(max_size=5000))
+def test_checksums_of_two_pieces_join(first: bytes, second: bytes) -> None:
+    assert crc32c_join(crc32c([first]), crc32c([second]), len(second)) == crc32c([first + second])
+
+
 @given(st.binary(max_size=9000), st.sampled_from(RecordType))
 def test_round_trip(payload: bytes, record_type: RecordType) -> None:
     data = record(payload, record_type)
     assert len(data) == record_bytes(len(payload))
     header, view = decode_record(data)
     assert (header.type, header.id16, bytes(view)) == (record_type, ID[:16], payload)
+
+
+def test_the_head_has_a_checksum_of_its_own() -> None:
+    pieces = [b"he", bytearray(b"ll"), b"o world"]
+    payload = b"".join(pieces)
+    header = encode_header(RecordType.TAIL, ID, pieces, 5)
+    assert header[48:].hex() == HEAD_HEX
+    # Whoever does not know of heads reads the record as before.
+    assert header[:28] + header[32:48] == record(payload)[:28] + record(payload)[32:48]
+    found, view = decode_record_head(header + b"hello")
+    assert (found.head_bytes, found.payload_bytes, bytes(view)) == (5, len(payload), b"hello")
+    assert bytes(decode_record(header + payload)[1]) == payload
+    assert bytes(decode_record_head(record(payload))[1]) == b""  # a record of an earlier version
+    with pytest.raises(FormatError, match="truncated"):
+        decode_record_head(header + b"hell")
+    for at in range(5):
+        data = bytearray(header + payload)
+        data[HEADER_BYTES + at] ^= 1
+        with pytest.raises(ChecksumError):
+            decode_record_head(data)
+        with pytest.raises(ChecksumError):
+            decode_record(data)
+    with pytest.raises(FormatError, match="the head has 2 bytes, the payload 1"):
+        decode_header(with_header(b48=2))
+    # A head whose own checksum is wrong is refused by whoever reads all, too.
+    with pytest.raises(ChecksumError):
+        decode_record(with_header(b48=1) + b"x")
 
 
 def test_every_flipped_bit_is_noticed() -> None:
