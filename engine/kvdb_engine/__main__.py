@@ -5,6 +5,8 @@ The first frame out is `ready` (what the engine runs on) or `fatal` (why it cann
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import socket
 import sys
@@ -15,6 +17,9 @@ from kvdb_protocol.frames import encode_frame
 if TYPE_CHECKING:
     from kvdb_engine.catalog import ModelInfo
     from kvdb_engine.interface import EngineLike
+
+# On a machine whose processors the model fills, the daemon must still be given one at once: it answers everyone else.
+NICENESS = 5
 
 
 def open_engine(info: ModelInfo) -> EngineLike[Any]:
@@ -37,6 +42,8 @@ def main() -> int:
     # first: the daemon decides when the worker ends, by closing the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
     sock = socket.socket(fileno=fd)
     try:
         from kvdb_engine.catalog import open_model
