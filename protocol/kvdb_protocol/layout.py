@@ -20,10 +20,14 @@ from enum import IntEnum
 from functools import cached_property
 
 import msgpack
+import numpy as np
+import numpy.typing as npt
 
 from kvdb_protocol.errors import FormatError
 
 MiB = 1 << 20
+
+I64 = npt.NDArray[np.int64]
 
 # A page is meant to be about 1 MiB: large enough that one record's 4096-byte rounding and index entry do not count,
 # small enough that the unfinished page, which every tail repeats, stays small beside window and frontier.
@@ -150,16 +154,24 @@ class Layout:
             case _:
                 return frontier_rows(ratio, n_tokens)
 
-    def tail_row_counts(self, n_tokens: int) -> list[int]:
-        """`tail_rows` of each tail section. Layers of one ratio have the same: only one of each kind is computed."""
-        counts: dict[tuple[Part, int], int] = {}
-        found = []
+    def tail_row_counts(self, n_tokens: int) -> I64:
+        """`tail_rows` of each tail section. Sections of one part and ratio have as many: one of each is computed."""
+        kinds, places = self._tail_kinds
+        return np.array([self.tail_rows(section, n_tokens) for section in kinds], np.int64)[places]
+
+    @cached_property
+    def _tail_kinds(self) -> tuple[list[Section], I64]:
+        """One section of each part and ratio, and for every tail section the number of its kind among them."""
+        kinds: dict[tuple[Part, int], int] = {}
+        firsts: list[Section] = []
+        places: list[int] = []
         for section in self.tail_sections:
             kind = (section.part, self.ratios[section.layer])
-            if kind not in counts:
-                counts[kind] = self.tail_rows(section, n_tokens)
-            found.append(counts[kind])
-        return found
+            if kind not in kinds:
+                kinds[kind] = len(firsts)
+                firsts.append(section)
+            places.append(kinds[kind])
+        return firsts, np.array(places, np.int64)
 
     def n_pages(self, n_tokens: int) -> int:
         """Full pages of a state of `n_tokens`."""

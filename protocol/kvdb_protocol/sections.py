@@ -6,16 +6,15 @@ the codecs are written: the packer may fall back to a wider codec for a section 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, overload
 
+import numpy as np
+
 from kvdb_protocol.errors import FormatError
 from kvdb_protocol.ids import Buffer
-from kvdb_protocol.layout import Codec, Layout, Section
-
-# Codec, begin and end of a section in its run.
-_Span = tuple[Codec, int, int]
+from kvdb_protocol.layout import I64, Codec, Layout
 
 
 class PackedSection(NamedTuple):
@@ -39,14 +38,16 @@ def encode_sections(sections: Sequence[PackedSection]) -> list[Buffer]:
 class PackedRun(Sequence[PackedSection]):
     """The sections of a decoded run, cut out of it when they are asked for: not every reader wants the rows."""
 
-    __slots__ = ("_data", "_spans")
+    __slots__ = ("_bounds", "_codecs", "_data")
 
-    def __init__(self, spans: list[_Span], data: memoryview) -> None:
-        self._spans = spans
+    def __init__(self, codecs: Sequence[Codec], bounds: Sequence[int], data: memoryview) -> None:
+        """bounds: where each section begins in `data`, and where the last one ends."""
+        self._codecs = codecs
+        self._bounds = bounds
         self._data = data
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._codecs)
 
     @overload
     def __getitem__(self, index: int) -> PackedSection: ...
@@ -57,57 +58,61 @@ class PackedRun(Sequence[PackedSection]):
     def __getitem__(self, index: int | slice) -> PackedSection | list[PackedSection]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        codec, begin, end = self._spans[index]
-        return PackedSection(codec, self._data[begin:end])
+        index = range(len(self))[index]
+        return PackedSection(self._codecs[index], self._data[self._bounds[index] : self._bounds[index + 1]])
 
 
-def decode_sections(
-    layout: Layout, wanted: Sequence[Section], n_rows: Sequence[int], data: memoryview, what: str
-) -> PackedRun:
+def decode_sections(layout: Layout, n_rows: Sequence[int] | I64, data: memoryview, what: str) -> PackedRun:
     """Split a run into its sections without copying; the run must end where `data` ends.
 
-    n_rows: rows of each wanted section. what: name used in errors.
+    n_rows: rows of each section, in the order of layout.tail_sections, or of the first of them: layout.streams.
+    what: name used in errors.
     """
-    return _cut(lambda codecs: _spans(layout, wanted, n_rows, codecs), bytes(data[: len(wanted)]), data, what)
+    try:
+        codecs, sizes = _row_sizes(layout, bytes(data[: len(n_rows)]), len(n_rows))
+    except FormatError as error:
+        raise FormatError(f"{what}: {error}") from None
+    bounds = np.empty(len(n_rows) + 1, np.int64)
+    bounds[0] = len(n_rows) + len(pad4(len(n_rows)))
+    np.cumsum(sizes * n_rows, out=bounds[1:])
+    bounds[1:] += bounds[0]
+    return _run(codecs, bounds.tolist(), data, what)
 
 
 def decode_page_sections(layout: Layout, data: memoryview, what: str) -> PackedRun:
     """Split a page's run. A restore decodes thousands of pages whose sections lie alike: their places are kept."""
-    return _cut(lambda codecs: _page_spans(layout, codecs), bytes(data[: len(layout.streams)]), data, what)
+    try:
+        codecs, bounds = _page_bounds(layout, bytes(data[: len(layout.streams)]))
+    except FormatError as error:
+        raise FormatError(f"{what}: {error}") from None
+    return _run(codecs, bounds, data, what)
+
+
+@lru_cache(maxsize=64)
+def _row_sizes(layout: Layout, codecs: bytes, n_wanted: int) -> tuple[tuple[Codec, ...], I64]:
+    """The codecs, and the bytes of one row of each section."""
+    if len(codecs) < n_wanted:
+        raise FormatError("section codecs are truncated")
+    sizes = []
+    for section, code in zip(layout.tail_sections, codecs, strict=False):
+        if code not in Codec.__members__.values():
+            raise FormatError(f"unknown codec {code} in layer {section.layer} {section.part.name}")
+        sizes.append(layout.section_bytes(section, Codec(code), 1))
+    return tuple(map(Codec, codecs)), np.array(sizes, np.int64)
 
 
 @lru_cache(maxsize=32)
-def _page_spans(layout: Layout, codecs: bytes) -> list[_Span]:
-    return _spans(layout, layout.streams, [layout.page_rows(stream) for stream in layout.streams], codecs)
+def _page_bounds(layout: Layout, codecs: bytes) -> tuple[tuple[Codec, ...], list[int]]:
+    found, sizes = _row_sizes(layout, codecs, len(layout.streams))
+    at = len(codecs) + len(pad4(len(codecs)))
+    bounds = [at]
+    for stream, size in zip(layout.streams, sizes.tolist(), strict=True):
+        at += layout.page_rows(stream) * size
+        bounds.append(at)
+    return found, bounds
 
 
-def _spans(layout: Layout, wanted: Sequence[Section], n_rows: Sequence[int], codecs: bytes) -> list[_Span]:
-    """(codec, begin, end) of each section in a run that starts with these codec bytes."""
-    if len(codecs) < len(wanted):
-        raise FormatError("section codecs are truncated")
-    at = len(wanted) + len(pad4(len(wanted)))
-    spans = []
-    # A tail has hundreds of sections and few kinds of rows.
-    kinds: dict[tuple[int, int], tuple[Codec, int]] = {}
-    for section, count, code in zip(wanted, n_rows, codecs, strict=True):
-        kind = kinds.get((code, section.width))
-        if kind is None:
-            if code not in Codec.__members__.values():
-                raise FormatError(f"unknown codec {code} in layer {section.layer} {section.part.name}")
-            kind = kinds[code, section.width] = Codec(code), layout.section_bytes(section, Codec(code), 1)
-        codec, row = kind
-        end = at + count * row
-        spans.append((codec, at, end))
-        at = end
-    return spans
-
-
-def _cut(find: Callable[[bytes], list[_Span]], codecs: bytes, data: memoryview, what: str) -> PackedRun:
-    try:
-        spans = find(codecs)
-    except FormatError as error:
-        raise FormatError(f"{what}: {error}") from None
-    needed = spans[-1][2] if spans else 0
-    if needed != len(data):
-        raise FormatError(f"{what}: sections need {needed} bytes, the payload has {len(data)}")
-    return PackedRun(spans, data)
+def _run(codecs: Sequence[Codec], bounds: list[int], data: memoryview, what: str) -> PackedRun:
+    if bounds[-1] != len(data):
+        raise FormatError(f"{what}: sections need {bounds[-1]} bytes, the payload has {len(data)}")
+    return PackedRun(codecs, bounds, data)

@@ -132,5 +132,5 @@ def decode_tail(layout: Layout, payload: memoryview) -> Tail:
         raise FormatError("tail was written for another layout")
     at = _HEAD_BYTES + len(head.text) + len(pad4(len(head.text))) + len(head.ids) + len(head.logits)
     rows = layout.tail_row_counts(head.n_tokens)
-    sections = decode_sections(layout, layout.tail_sections, rows, payload[at:], "tail")
+    sections = decode_sections(layout, rows, payload[at:], "tail")
     return Tail(head.header, head.fingerprint, head.leaf, head.first, head.ids, head.text, head.logits, sections)

@@ -131,7 +131,7 @@ def test_unknown_codecs_are_refused() -> None:
     data[0] = 99
     rows = [LAYOUT.page_rows(section) for section in LAYOUT.streams]
     with pytest.raises(FormatError, match="unknown codec 99 in layer 1 COMPRESSED"):
-        decode_sections(LAYOUT, LAYOUT.streams, rows, memoryview(data), "page")
+        decode_sections(LAYOUT, rows, memoryview(data), "page")
 
 
 def test_a_wider_codec_is_read_back() -> None:
