@@ -69,9 +69,19 @@ def log_probabilities(logits: F32) -> F64:
     return wide
 
 
+def log_probabilities_of(logits: F32, ids: npt.ArrayLike) -> F64:
+    """`log_probabilities(logits)[ids]`, in one buffer: fresh memory for all of them would cost more than the sum."""
+    largest = np.float64(logits.max())
+    weights = logits.astype(np.float64)
+    weights -= largest
+    np.exp(weights, out=weights)
+    found: F64 = logits[np.asarray(ids)].astype(np.float64) - largest - np.log(weights.sum())
+    return found
+
+
 def logprob(logits: F32, token_id: int) -> float:
     """Log-probability of one id at temperature 1, without any cut."""
-    return float(log_probabilities(logits)[token_id])
+    return float(log_probabilities_of(logits, token_id))
 
 
 def best_ids(logits: F32, count: int) -> npt.NDArray[np.intp]:
@@ -94,8 +104,8 @@ def _in_order(logits: F32, ids: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
 def top(logits: F32, count: int) -> list[tuple[int, float, float]]:
     """The `count` most likely ids as (id, logit, logprob), best first; equal logits in the order of their ids."""
     order = best_ids(logits, count)
-    logs = log_probabilities(logits)
-    return [(int(i), float(logits[i]), float(logs[i])) for i in order]
+    logs = log_probabilities_of(logits, order)
+    return list(zip(order.tolist(), logits[order].tolist(), logs.tolist(), strict=True))
 
 
 def sample(logits: F32, position: int, sampling: Sampling) -> int:

@@ -23,7 +23,7 @@ from kvdb.errors import CancelledError, KvdbError
 from kvdb.session import Model, ids_array
 from kvdb.store.entries import Entry, EntryType, SessionValue, SnapshotValue
 from kvdb_engine.chat import ChatError, chat_ids
-from kvdb_engine.sampling import Sampling, log_probabilities, sample
+from kvdb_engine.sampling import Sampling, log_probabilities_of, sample
 from kvdb_engine.sampling import top as most_likely
 from kvdb_protocol.resp import Reply
 
@@ -264,7 +264,6 @@ async def sample_command(client: Client, raw: list[bytes]) -> Reply:
             raise unknown_option(word)
     info, position, data = await branches.logits(client.server.sessions, client.db, key)
     logits = np.frombuffer(data, dtype="<f4")
-    logprobs = log_probabilities(logits)
     seed = fields.pop("seed", secrets.randbits(63))
 
     def draw(first: int) -> list[int]:
@@ -276,7 +275,10 @@ async def sample_command(client: Client, raw: list[bytes]) -> Reply:
         # In a thread, since a large COUNT must not hold up the other clients; in steps, since the client may leave.
         drawn += await asyncio.to_thread(draw, len(drawn)) if count > 1 else draw(0)
     text = info.tokenizer.token_bytes if info else lambda token: None
-    return [{"id": token, "text": text(token), "logprob": float(logprobs[token])} for token in drawn]
+    logprobs = log_probabilities_of(logits, drawn).tolist()
+    return [
+        {"id": token, "text": text(token), "logprob": logprob} for token, logprob in zip(drawn, logprobs, strict=True)
+    ]
 
 
 @handler("LOGITS")

@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvdb_engine.sampling import GREEDY, Sampling, best_ids, log_probabilities, logprob, sample, top, uniform
+from kvdb_engine.sampling import (
+    GREEDY,
+    Sampling,
+    best_ids,
+    log_probabilities,
+    log_probabilities_of,
+    logprob,
+    sample,
+    top,
+    uniform,
+)
 
 LOGITS = np.random.default_rng(5).standard_normal(2000).astype(np.float32) * 3
 
@@ -68,6 +78,7 @@ def test_logprobs() -> None:
     best = top(LOGITS, 3)
     assert [i for i, _, _ in best] == np.argsort(-LOGITS, kind="stable")[:3].tolist()
     assert best[0][2] == logprob(LOGITS, best[0][0]) == logs.max()
+    assert np.array_equal(log_probabilities_of(LOGITS, [3, 1]), logs[[3, 1]])
     assert top(LOGITS, 0) == []
 
 
