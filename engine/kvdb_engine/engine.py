@@ -15,7 +15,7 @@ import numpy as np
 from kvdb_engine import backend, state_records
 from kvdb_engine.catalog import ModelInfo
 from kvdb_engine.errors import ContextFullError, TokenError
-from kvdb_engine.model import Model, empty_layers, load_weights, state_arrays
+from kvdb_engine.model import Model, empty_layers, load_weights, nbytes, state_arrays
 from kvdb_engine.state import U32, State
 from kvdb_protocol.dsv4 import Dsv4Payload
 from kvdb_protocol.ids import Buffer
@@ -30,6 +30,7 @@ class EngineStats:
 
     backend: str
     load_seconds: float
+    weight_bytes: int
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
@@ -56,7 +57,7 @@ class Engine:
         self.ops = backend.select(backend_name)
         self.prefill_chunk = prefill_chunk or self.ops.prefill_chunk
         self.model = Model(self.ops, info.config, load_weights(self.ops, info.config, info.open_weights(), progress))
-        self._stats = EngineStats(self.ops.name, time.perf_counter() - started)
+        self._stats = EngineStats(self.ops.name, time.perf_counter() - started, nbytes(self.model.weights))
 
     def new_state(self) -> State:
         """A state of no tokens."""

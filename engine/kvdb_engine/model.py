@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -59,14 +59,14 @@ def load_weights(
     def vector(name: str, *shape: int) -> Array:
         return ops.array(need(source, name, shape).dense())
 
-    def matrix(name: str, out: int, inner: int) -> object:
-        return ops.weight(need(source, name, (out, inner)))
+    def matrix(name: str, out: int, inner: int, exact: bool = False) -> object:
+        return ops.weight(need(source, name, (out, inner)), exact)
 
     def hyper(name: str) -> HyperWeights:
         n = c.hc_streams
         outputs = 2 * n + n * n
         scale = need(source, f"{name}_scale", (3,)).dense()
-        fn = matrix(f"{name}_fn", outputs, n * c.hidden)
+        fn = matrix(f"{name}_fn", outputs, n * c.hidden, exact=True)
         return HyperWeights(fn, tuple(float(s) for s in scale), vector(f"{name}_base", outputs))
 
     def compressor(name: str, ratio: int, width: int) -> CompressorWeights:
@@ -113,7 +113,7 @@ def load_weights(
             bias = vector(f"{f}.gate.bias", c.n_experts)
         into, out_of = (c.n_experts, c.expert_width, c.hidden), (c.n_experts, c.hidden, c.expert_width)
         return MoeWeights(
-            router=matrix(f"{f}.gate", c.n_experts, c.hidden),
+            router=matrix(f"{f}.gate", c.n_experts, c.hidden, exact=True),
             bias=bias,
             table=table,
             experts=ops.expert_weights(
@@ -141,7 +141,7 @@ def load_weights(
         )
         progress(number + 1, c.n_layers)
     head_scale = float(need(source, "hc_head_scale", (1,)).dense()[0])
-    head_fn = matrix("hc_head_fn", c.hc_streams, c.hc_streams * c.hidden)
+    head_fn = matrix("hc_head_fn", c.hc_streams, c.hc_streams * c.hidden, exact=True)
     return ModelWeights(
         embed=matrix("embed", c.vocab, c.hidden),
         layers=tuple(layers),
@@ -149,6 +149,15 @@ def load_weights(
         norm=vector("norm", c.hidden),
         head=matrix("head", c.vocab, c.hidden),
     )
+
+
+def nbytes(weights: Any) -> int:
+    """Bytes of memory that weights take: ModelWeights, or any part of them."""
+    if isinstance(weights, tuple):
+        return sum(map(nbytes, weights))
+    if is_dataclass(weights):
+        return sum(nbytes(getattr(weights, part.name)) for part in fields(weights))
+    return int(getattr(weights, "nbytes", 0))
 
 
 def empty_layers(ops: Ops, config: ModelConfig) -> tuple[LayerState, ...]:

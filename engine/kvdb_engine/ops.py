@@ -155,8 +155,8 @@ class Ops(Unfused, Protocol):
     def evaluate(self, arrays: Sequence[Array]) -> None:
         """Wait until these are computed."""
 
-    def weight(self, tensor: Any) -> Any:
-        """A loaded matrix (weights.Tensor) in the form `linear` wants."""
+    def weight(self, tensor: Any, exact: bool = False) -> Any:
+        """A loaded matrix (weights.Tensor) in the form `linear` wants. exact: in float32, whatever the others are."""
 
     def expert_weights(self, gate: Any, up: Any, down: Any) -> ExpertWeights:
         """Stacked expert tensors in the form `experts` wants."""

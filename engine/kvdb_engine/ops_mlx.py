@@ -28,6 +28,7 @@ from kvdb_engine.ops import MASKED, Array, ExpertWeights, Rows, Unfused
 from kvdb_engine.ops_mlx_cuda import DeviceTensor, Fused, Kernels, Launcher, Quantised
 from kvdb_engine.packing import F32, FP4_BLOCK, FP8_BLOCK
 from kvdb_engine.rounding import hadamard
+from kvdb_engine.weights import AffineCodes, BlockFloats, Halves, compact
 
 _ROW_CAPACITY_MIN = 64
 
@@ -67,19 +68,38 @@ class MlxOps(Unfused):
     def evaluate(self, arrays: Sequence[Array]) -> None:
         mx.eval(list(arrays))
 
-    def weight(self, tensor: Any) -> Any:
+    def weight(self, tensor: Any, exact: bool = False) -> Any:
         if isinstance(tensor, DeviceTensor):
             return tensor.on_device()
-        codes = tensor.affine()
-        if codes is None:
-            return packed_blocks(tensor) or mx.array(tensor.dense())
+        if exact:
+            return mx.array(tensor.dense())
+        codes, blocks = tensor.affine(), packed_blocks(tensor)
+        if codes is not None:
+            return self._affine(codes)
+        values = None if blocks is not None else compact(tensor)
+        if isinstance(values, BlockFloats):
+            kind = mx.bfloat16 if self.halves_scales else mx.float32
+            stored = (mx.array(values.codes), mx.array(values.scales))
+            return Quantised(*stored, None, 32, values.bits, kind, f"mxfp{values.bits}")
+        if isinstance(values, Halves) and self.halves_scales:
+            return mx.array(values.values).view(mx.bfloat16 if values.kind == "BF16" else mx.float16)
+        return mx.array(tensor.dense()) if blocks is None else blocks
+
+    def _affine(self, codes: AffineCodes) -> Quantised:
         scales, biases = mx.array(codes.scales), mx.array(codes.biases)
-        for half in (mx.bfloat16, mx.float16) if self.halves_scales else ():
-            # As the file has them: only if nothing is lost.
-            if all(mx.array_equal(part.astype(half).astype(mx.float32), part) for part in (scales, biases)):
-                scales, biases = scales.astype(half), biases.astype(half)
-                break
-        return Quantised(mx.array(codes.codes), scales, biases, codes.group_size, codes.bits)
+        if self.halves_scales:
+            # As the file has them, if it has 16 bits. Q4_K has products of 16 and 6 bits: the nearest f16 is off by
+            # less than a thousandth of the step between two codes.
+            halved = [[part.astype(half) for part in (scales, biases)] for half in (mx.bfloat16, mx.float16)]
+            equal = [
+                all(
+                    mx.array_equal(part.astype(mx.float32), of) for part, of in zip(both, (scales, biases), strict=True)
+                )
+                for both in halved
+            ]
+            if any(equal) or all(mx.isfinite(part).all() for part in halved[1]):
+                scales, biases = halved[0] if equal[0] else halved[1]
+        return Quantised(mx.array(codes.codes), scales, biases, codes.group_size, codes.bits, scales.dtype)
 
     def expert_weights(self, gate: Any, up: Any, down: Any) -> ExpertWeights:
         return ExpertWeights(self.weight(gate), self.weight(up), self.weight(down))
@@ -95,8 +115,8 @@ class MlxOps(Unfused):
     def embed(self, weight: Any, ids: Any) -> Array:
         index = mx.array(ids)
         if isinstance(weight, Quantised):
-            parts = (weight.codes[index], weight.scales[index], weight.biases[index])
-            return mx.dequantize(*parts, group_size=weight.group_size, bits=weight.bits).astype(mx.float32)
+            biases = None if weight.biases is None else weight.biases[index]
+            return mx.dequantize(weight.codes[index], weight.scales[index], biases, **weight.form).astype(mx.float32)
         return weight[index].astype(mx.float32)
 
     def concatenate(self, parts: Sequence[Array], axis: int) -> Array:
@@ -388,13 +408,9 @@ def _product(x: Array, weight: Any) -> Array:
     if isinstance(weight, Quantised):
         parts = (weight.codes, weight.scales, weight.biases)
         # Of another type than the scales, x would turn all scales into its own type at every call.
-        found = mx.quantized_matmul(
-            x.astype(weight.scales.dtype), *parts, transpose=True, group_size=weight.group_size, bits=weight.bits
-        )
+        found = mx.quantized_matmul(x.astype(weight.kind), *parts, transpose=True, **weight.form)
         return found.astype(mx.float32)
-    if weight.dtype == mx.bfloat16:
-        return (x.astype(mx.bfloat16) @ weight.swapaxes(-1, -2)).astype(mx.float32)
-    return x @ weight.swapaxes(-1, -2)
+    return (x.astype(weight.dtype) @ weight.swapaxes(-1, -2)).astype(mx.float32)
 
 
 def _chosen(x: Array, weight: Any, ids: Array) -> Array:
@@ -404,16 +420,10 @@ def _chosen(x: Array, weight: Any, ids: Array) -> Array:
         parts = (weight.codes, weight.scales, weight.biases)
         left = mx.arange(ids.shape[0], dtype=mx.uint32)
         found = mx.gather_qmm(
-            rows.astype(weight.scales.dtype),
-            *parts,
-            left,
-            ids.astype(mx.uint32),
-            transpose=True,
-            group_size=weight.group_size,
-            bits=weight.bits,
+            rows.astype(weight.kind), *parts, left, ids.astype(mx.uint32), transpose=True, **weight.form
         )
         return found.astype(mx.float32)
-    return x @ weight[ids].swapaxes(1, 2)
+    return (x.astype(weight.dtype) @ weight[ids].swapaxes(1, 2)).astype(mx.float32)
 
 
 def _n_experts(weight: Any) -> int:

@@ -36,26 +36,46 @@ Shapes = Sequence[tuple[tuple[int, ...], Any]]
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """weights.AffineCodes on the device: a matrix, or a stack of them.
+    """weights.AffineCodes or BlockFloats on the device: a matrix, or a stack of them.
 
-    Products take and give the type of the scales: bf16, f16 or float32.
+    kind: what products take and give: bf16, f16 or float32; with affine codes the type of the scales. mode: affine,
+    mxfp4 or mxfp8; only affine codes have biases.
     """
 
     codes: Array
     scales: Array
-    biases: Array
+    biases: Array | None
     group_size: int
     bits: int
+    kind: Any
+    mode: str = "affine"
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """How MLX's own operations are told to read it."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     @property
     def is_half(self) -> bool:
-        """Whether scales and biases have 16 bits."""
-        return self.scales.dtype in (mx.bfloat16, mx.float16)
+        """Whether products have 16 bits, and affine scales and biases too."""
+        return self.kind in (mx.bfloat16, mx.float16)
+
+    @property
+    def inputs(self) -> list[Array]:
+        """What a kernel is given: codes, scales, and biases (anything where there are none)."""
+        return [self.codes, self.scales, self.scales if self.biases is None else self.biases]
+
+    @property
+    def expert_codes(self) -> int | None:
+        """CODES_ of the expert kernels; None if they cannot read it."""
+        if not self.is_half:
+            return None
+        return {(2, "affine"): 0, (4, "affine"): 1, (4, "mxfp4"): 2}.get((self.bits, self.mode))
 
     @property
     def halves(self) -> int:
         """The kernels' flag: 1 for f16 scales."""
-        return int(self.scales.dtype == mx.float16)
+        return int(self.kind == mx.float16)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -171,11 +191,15 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 def _like(one: Any, two: Any) -> bool:
-    return bool(one.group_size == two.group_size and one.scales.dtype == two.scales.dtype)
+    return bool(one.form == two.form and one.kind == two.kind)
 
 
 def _is_bf16(weight: Any) -> bool:
     return not isinstance(weight, Quantised) and weight.dtype == mx.bfloat16
+
+
+def _is_8_bit(weight: Any) -> bool:
+    return isinstance(weight, Quantised) and weight.bits == 8 and weight.is_half
 
 
 def _is_f32(*arrays: Any) -> bool:
@@ -199,7 +223,7 @@ class Fused:
             return None
         sizes = [w.shape[-2] for w in weights]
         shapes = [((1, size), mx.float32) for size in sizes]
-        if all(isinstance(w, Quantised) and w.bits == 8 and w.is_half and _like(w, weights[0]) for w in weights):
+        if all(_is_8_bit(w) and _like(w, weights[0]) for w in weights):
             if len(weights) > 2:
                 return None
             return tuple(self._gemv_q8(weights, x, shapes, inner, max(sizes)))
@@ -224,9 +248,9 @@ class Fused:
             n0 *= one.codes.shape[0]
         return self._launch(
             "kvdb_gemv_q8",
-            [x, one.codes, one.scales, one.biases, two.codes, two.scales, two.biases],
+            [x, *one.inputs, *two.inputs],
             [*shapes, *[((1, 1), mx.float32)] * (2 - len(weights))],
-            [inner, one.group_size, n0, n1, per_x, one.halves],
+            [inner, one.group_size, n0, n1, per_x, one.halves, int(one.mode == "mxfp8")],
             ((n0 + n1) // 8, 1),
             128,
             4 * inner,
@@ -234,7 +258,7 @@ class Fused:
 
     def grouped_linear(self, weight: Any, x: Array) -> Array | None:
         """Block-diagonal product of one token. x: (1, G, in); weight: (G, out, in)."""
-        if not isinstance(weight, Quantised) or weight.bits != 8 or not weight.is_half or x.shape[0] != 1:
+        if not _is_8_bit(weight) or x.shape[0] != 1:
             return None
         groups, out, inner = weight.shape
         if inner % 512 or out % 8:
@@ -422,10 +446,9 @@ class Fused:
         return ids, share
 
     def experts(self, gate: Any, up: Any, down: Any, x: Array, ids: Array, share: Array, limit: float) -> Array | None:
-        """Routed experts of 2-bit codes. x: (T, D) f32; ids, share: (T, k)."""
-        if not all(isinstance(w, Quantised) and w.bits == 2 and w.is_half for w in (gate, up, down)) or not _like(
-            gate, up
-        ):
+        """Routed experts of 2 or 4 bits. x: (T, D) f32; ids, share: (T, k)."""
+        weights = (gate, up, down)
+        if not all(isinstance(w, Quantised) and w.expert_codes is not None for w in weights) or not _like(gate, up):
             return None
         if x.shape[0] == 1:
             return self._experts_of_one(gate, up, down, x, ids, share, limit)
@@ -440,18 +463,18 @@ class Fused:
             return None
         middle = self._launch(
             "kvdb_experts_up",
-            [x, ids, share, gate.codes, gate.scales, gate.biases, up.codes, up.scales, up.biases],
+            [x, ids, share, *gate.inputs, *up.inputs],
             [((count, width), mx.float32)],
-            [inner, width, gate.group_size, float(limit), gate.halves],
+            [inner, width, gate.group_size, float(limit), gate.halves, gate.expert_codes],
             (width // 16, count),
             256,
             4 * inner,
         )[0]
         return self._launch(
             "kvdb_experts_down",
-            [middle, ids, down.codes, down.scales, down.biases],
+            [middle, ids, *down.inputs],
             [((1, inner), mx.float32)],
-            [inner, width, down.group_size, count, down.halves],
+            [inner, width, down.group_size, count, down.halves, down.expert_codes],
             (inner // 32, 1),
             512,
             4 * count * width,
@@ -479,17 +502,17 @@ class Fused:
         plan = [tiles, entries]
         middle = self._launch(
             "kvdb_experts_up_tiles",
-            [x.astype(mx.bfloat16), *plan, share, gate.codes, gate.scales, gate.biases, up.codes, up.scales, up.biases],
+            [x.astype(mx.bfloat16), *plan, share, *gate.inputs, *up.inputs],
             [((n_tiles * TILE, width), mx.bfloat16)],
-            [inner, width, gate.group_size, count, float(limit), gate.halves],
+            [inner, width, gate.group_size, count, float(limit), gate.halves, gate.expert_codes],
             (width // 64, n_tiles),
             256,
         )[0]
         out = self._launch(
             "kvdb_experts_down_tiles",
-            [middle, *plan, down.codes, down.scales, down.biases],
+            [middle, *plan, *down.inputs],
             [((n_tokens, count, inner), mx.float32)],
-            [inner, width, down.group_size, down.halves],
+            [inner, width, down.group_size, down.halves, down.expert_codes],
             (inner // 128, n_tiles),
             256,
         )[0]

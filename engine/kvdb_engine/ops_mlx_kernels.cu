@@ -2,7 +2,8 @@
 //
 // Every kernel has an op-level twin: the composition it replaces, in hyper.py, compressor.py, attention.py, moe.py or
 // ops_mlx.py. Parameters come in the order inputs, outputs, scalars. Vectors are float32, kept rows f16; weights are
-// MLX affine codes (8 or 2 bit; scales and biases bf16, or f16 where `halves` is 1) or bf16.
+// MLX affine codes (8, 4 or 2 bit; scales and biases bf16, or f16 where `halves` is 1), e2m1 or e4m3 codes with an E8M0
+// scale per 32 (mxfp4, mxfp8), or bf16.
 //
 // Deterministic: no float atomics, every sum has a fixed order that follows from the shapes alone.
 // No headers, so that NVRTC needs none; KVDB_EMULATED compiles the same text for a processor (tests/engine).
@@ -10,6 +11,7 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
+typedef unsigned char u8;
 
 #ifndef KVDB_EMULATED
 #define DEVICE static __device__ __forceinline__
@@ -500,13 +502,84 @@ DEVICE float dot_q2(u32 q, const float* x) {
     return dot;
 }
 
+// How the codes of routed experts are written: affine with 2 or 4 bits, or e2m1.
+#define CODES_2 0
+#define CODES_4 1
+#define CODES_E2M1 2
+
+DEVICE float e8m0_to_float(u8 e) { return __uint_as_float(e ? (u32)e << 23 : 0x400000u); }
+
+// Twice the magnitudes of four e2m1 codes (the low four nibbles of q) as bytes: 0 1 2 3 4 6 8 12, looked up by __byte_perm.
+DEVICE u32 e2m1_bytes(u32 q) { return __byte_perm(0x03020100u, 0x0C080604u, q & 0x7777u); }
+
+// The value, doubled, of nibble i of q; bytes: e2m1_bytes of the four nibbles that i is in.
+DEVICE float e2m1_value(u32 q, u32 bytes, int i) {
+    float magnitude = __uint_as_float(__byte_perm(bytes, MAGIC, 0x7440u | (i & 3))) - MAGIC_FLOAT;
+    return __uint_as_float(__float_as_uint(magnitude) | ((q >> (4 * i)) & 8u) << 28);
+}
+
+// Codes of 16 neighbouring values; piece counts such runs.
+template <int CODES>
+DEVICE uint2 codes_16(const u32* w, u64 piece) {
+    if (CODES == CODES_2) return make_uint2(w[piece], 0);
+    return ((const uint2*)w)[piece];
+}
+
+// Value i (0 to 15) of codes_16, before scale and bias.
+template <int CODES>
+DEVICE float code_value(uint2 q, int i) {
+    if (CODES == CODES_2) return __uint_as_float(((q.x >> (2 * i)) & 3u) | MAGIC) - MAGIC_FLOAT;
+    u32 word = i < 8 ? q.x : q.y;
+    if (CODES == CODES_4) return __uint_as_float(((word >> (4 * (i & 7))) & 15u) | MAGIC) - MAGIC_FLOAT;
+    return e2m1_value(word, e2m1_bytes(i & 4 ? word >> 16 : word), i & 7);
+}
+
+template <int CODES>
+DEVICE float group_scale(const u16* s, u64 at, int halves) {
+    return CODES == CODES_E2M1 ? 0.5f * e8m0_to_float(((const u8*)s)[at]) : scale_to_float(s[at], halves);
+}
+
+template <int CODES>
+DEVICE float group_bias(const u16* b, u64 at, int halves) {
+    return CODES == CODES_E2M1 ? 0.0f : scale_to_float(b[at], halves);
+}
+
+template <int CODES>
+DEVICE float dot_16(const u32* w, u64 piece, const float* x) {
+    if (CODES == CODES_2) return dot_q2(w[piece], x);
+    uint2 q = codes_16<CODES>(w, piece);
+    float dot = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; i++) dot = fmaf(code_value<CODES>(q, i), x[i], dot);
+    return dot;
+}
+
+// Calls function<CODES>(arguments) for the CODES that a kernel was given.
+#define BY_CODES(function, ...)                            \
+    if (codes == CODES_2) function<CODES_2>(__VA_ARGS__);  \
+    else if (codes == CODES_4) function<CODES_4>(__VA_ARGS__); \
+    else function<CODES_E2M1>(__VA_ARGS__)
+
+// e4m3: a code moved into the place of a float's bits is too small by 2^120, its subnormal values included.
+DEVICE float dot_e4m3(uint4 q, const float* x) {
+    const u32 words[4] = {q.x, q.y, q.z, q.w};
+    float dot = 0.0f;
+    for (int w = 0; w < 4; w++)
+        for (int i = 0; i < 4; i++) {
+            u32 code = words[w] >> (8 * i);
+            dot = fmaf(__uint_as_float((code & 0x7Fu) << 20 | (code & 0x80u) << 24) * 1.329227995784916e36f, x[4 * w + i],
+                       dot);
+        }
+    return dot;
+}
+
 #define GEMV_ROWS 2
 
-// 8-bit codes. Up to two matrices with the same x (n1 = 0: one). Rows of a matrix whose row / per_x differs take another
+// 8-bit codes, or e4m3 with an E8M0 scale per group where is_e4m3 is 1. Up to two matrices with the same x (n1 = 0: one). Rows of a matrix whose row / per_x differs take another
 // x: grouped products have per_x = rows of a group. Blocks of 128 threads make 8 outputs; inner a multiple of 512.
 KERNEL kvdb_gemv_q8(const float* x, const u32* w0, const u16* s0, const u16* b0, const u32* w1, const u16* s1,
                     const u16* b1, float* out0, float* out1, int inner, int group, int n0, int n1, int per_x,
-                    int halves) {
+                    int halves, int is_e4m3) {
     extern __shared__ float4 dynamic[];
     float* placed = (float*)dynamic;
     int lane = threadIdx.x & 31, first = blockIdx.x * 4 * GEMV_ROWS;
@@ -534,7 +607,10 @@ KERNEL kvdb_gemv_q8(const float* x, const u32* w0, const u16* s0, const u16* b0,
         for (int r = 0; r < GEMV_ROWS; r++) {
             uint4 q = ((const uint4*)w)[(u64)(row + r) * (inner / 16) + run * 32 + lane];
             u64 at = (u64)(row + r) * groups + g;
-            sums[r] += scale_to_float(s[at], halves) * dot_q8(q, v) + scale_to_float(b[at], halves) * total;
+            if (is_e4m3)
+                sums[r] += e8m0_to_float(((const u8*)s)[at]) * dot_e4m3(q, v);
+            else
+                sums[r] += scale_to_float(s[at], halves) * dot_q8(q, v) + scale_to_float(b[at], halves) * total;
         }
     }
     for (int r = 0; r < GEMV_ROWS; r++) {
@@ -605,16 +681,11 @@ KERNEL kvdb_swiglu(const float* gate, const float* up, float* out, int n, float 
 
 // ------------------------------------------------------------------------------------------ routed experts, one token
 
-// middle[j] = swiglu(gate_e x, up_e x) * share[j], e = ids[j]; 2-bit codes. Blocks of 256 threads make 16 outputs of
-// expert blockIdx.y; inner a multiple of 512, width of 16.
-KERNEL kvdb_experts_up(const float* x, const int* ids, const float* share, const u32* gw, const u16* gs, const u16* gb,
-                       const u32* uw, const u16* us, const u16* ub, float* middle, int inner, int width, int group,
-                       float limit, int halves) {
-    extern __shared__ float4 dynamic[];
-    float* placed = (float*)dynamic;
+template <int CODES>
+DEVICE void up_rows(const float* placed, const int* ids, const float* share, const u32* gw, const u16* gs, const u16* gb,
+                    const u32* uw, const u16* us, const u16* ub, float* middle, int inner, int width, int group,
+                    float limit, int halves) {
     int lane = threadIdx.x & 31, j = blockIdx.y, groups = inner / group;
-    place_x(x, placed, inner);
-    __syncthreads();
     int row = blockIdx.x * 16 + (threadIdx.x >> 5) * GEMV_ROWS;
     u64 base = (u64)ids[j] * width + row;
     float gates[GEMV_ROWS] = {0.0f, 0.0f}, ups[GEMV_ROWS] = {0.0f, 0.0f};
@@ -627,8 +698,10 @@ KERNEL kvdb_experts_up(const float* x, const int* ids, const float* share, const
 #pragma unroll
         for (int r = 0; r < GEMV_ROWS; r++) {
             u64 code = (base + r) * (inner / 16) + run * 32 + lane, at = (base + r) * groups + g;
-            gates[r] += scale_to_float(gs[at], halves) * dot_q2(gw[code], v) + scale_to_float(gb[at], halves) * total;
-            ups[r] += scale_to_float(us[at], halves) * dot_q2(uw[code], v) + scale_to_float(ub[at], halves) * total;
+            gates[r] += group_scale<CODES>(gs, at, halves) * dot_16<CODES>(gw, code, v) +
+                        group_bias<CODES>(gb, at, halves) * total;
+            ups[r] += group_scale<CODES>(us, at, halves) * dot_16<CODES>(uw, code, v) +
+                      group_bias<CODES>(ub, at, halves) * total;
         }
     }
     for (int r = 0; r < GEMV_ROWS; r++) {
@@ -637,14 +710,22 @@ KERNEL kvdb_experts_up(const float* x, const int* ids, const float* share, const
     }
 }
 
-// out = sum_j down_e middle[j], e = ids[j]; 2-bit codes. Blocks of 512 threads make 32 outputs; width a multiple of 512.
-KERNEL kvdb_experts_down(const float* middle, const int* ids, const u32* w, const u16* s, const u16* b, float* out,
-                         int dim, int width, int group, int count, int halves) {
+// middle[j] = swiglu(gate_e x, up_e x) * share[j], e = ids[j]. Blocks of 256 threads make 16 outputs of expert
+// blockIdx.y; inner a multiple of 512, width of 16.
+KERNEL kvdb_experts_up(const float* x, const int* ids, const float* share, const u32* gw, const u16* gs, const u16* gb,
+                       const u32* uw, const u16* us, const u16* ub, float* middle, int inner, int width, int group,
+                       float limit, int halves, int codes) {
     extern __shared__ float4 dynamic[];
     float* placed = (float*)dynamic;
-    int lane = threadIdx.x & 31, groups = width / group;
-    for (int j = 0; j < count; j++) place_x(middle + j * width, placed + j * width, width);
+    place_x(x, placed, inner);
     __syncthreads();
+    BY_CODES(up_rows, placed, ids, share, gw, gs, gb, uw, us, ub, middle, inner, width, group, limit, halves);
+}
+
+template <int CODES>
+DEVICE void down_rows(const float* placed, const int* ids, const u32* w, const u16* s, const u16* b, float* out, int dim,
+                      int width, int group, int count, int halves) {
+    int lane = threadIdx.x & 31, groups = width / group;
     int row = blockIdx.x * 32 + (threadIdx.x >> 5) * GEMV_ROWS;
     float sums[GEMV_ROWS] = {0.0f, 0.0f};
     for (int j = 0; j < count; j++) {
@@ -658,8 +739,8 @@ KERNEL kvdb_experts_down(const float* middle, const int* ids, const u32* w, cons
 #pragma unroll
             for (int r = 0; r < GEMV_ROWS; r++) {
                 u64 at = (base + r) * groups + g;
-                float dot = dot_q2(w[(base + r) * (width / 16) + run * 32 + lane], v);
-                sums[r] += scale_to_float(s[at], halves) * dot + scale_to_float(b[at], halves) * total;
+                float dot = dot_16<CODES>(w, (base + r) * (width / 16) + run * 32 + lane, v);
+                sums[r] += group_scale<CODES>(s, at, halves) * dot + group_bias<CODES>(b, at, halves) * total;
             }
         }
     }
@@ -667,6 +748,16 @@ KERNEL kvdb_experts_down(const float* middle, const int* ids, const u32* w, cons
         float sum = warp_sum(sums[r]);
         if (lane == 0) out[row + r] = sum;
     }
+}
+
+// out = sum_j down_e middle[j], e = ids[j]. Blocks of 512 threads make 32 outputs; width a multiple of 512.
+KERNEL kvdb_experts_down(const float* middle, const int* ids, const u32* w, const u16* s, const u16* b, float* out,
+                         int dim, int width, int group, int count, int halves, int codes) {
+    extern __shared__ float4 dynamic[];
+    float* placed = (float*)dynamic;
+    for (int j = 0; j < count; j++) place_x(middle + j * width, placed + j * width, width);
+    __syncthreads();
+    BY_CODES(down_rows, placed, ids, w, s, b, out, dim, width, group, count, halves);
 }
 
 // ----------------------------------------------------------------------------------------- routed experts, many tokens
@@ -718,22 +809,26 @@ KERNEL kvdb_experts_plan(const int* ids, int* tile_expert, int* row_entry, int n
     }
 }
 
-// acc += A (TILE rows) x B (128 columns, of which 0..63 come from w0 and 64..127 from w1), over all of inner.
+// acc += A (TILE rows) x B (128 columns, of which 0..63 are matrix rows first0.. of w0 and 64..127 rows first1.. of w1),
+// over all of inner.
 // a_rows: for each row of the tile its place in A, -1 for zeros. 256 threads: warps 2 (rows) x 4 (columns); each has 32
 // rows and columns c .. c + 15 of both halves, acc[half][row block][column block].
-DEVICE void tile_product(const u16* a, const int* a_rows, const u32* w0, const u16* s0, const u16* b0, const u32* w1,
-                         const u16* s1, const u16* b1, int inner, int group, int halves, u16* a_tile, u16* b_tile,
-                         float acc[2][2][2][4]) {
+template <int CODES>
+DEVICE void tile_product(const u16* a, const int* a_rows, const u32* w0, const u16* s0, const u16* b0, u64 first0,
+                         const u32* w1, const u16* s1, const u16* b1, u64 first1, int inner, int group, int halves,
+                         u16* a_tile, u16* b_tile, float acc[2][2][2][4]) {
     int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     int warp_row = (warp >> 2) * 32, warp_column = (warp & 3) * 16;
     // This thread copies 16 values of A rows (tid / 8) and (tid / 8 + 32), and the codes of B column tid / 2.
     int a_part = tid & 7, a_row = tid >> 3, column = tid >> 1, half = tid & 1;
-    const u32* w = column < 64 ? w0 + (u64)column * (inner / 16) : w1 + (u64)(column - 64) * (inner / 16);
-    const u16* s = column < 64 ? s0 + (u64)column * (inner / group) : s1 + (u64)(column - 64) * (inner / group);
-    const u16* b = column < 64 ? b0 + (u64)column * (inner / group) : b1 + (u64)(column - 64) * (inner / group);
+    const u32* w = column < 64 ? w0 : w1;
+    const u16* s = column < 64 ? s0 : s1;
+    const u16* b = column < 64 ? b0 : b1;
+    u64 row = column < 64 ? first0 + column : first1 + column - 64;
+    u64 pieces = row * (inner / 16), groups = row * (inner / group);
     int source[2] = {a_rows[a_row], a_rows[a_row + 32]};
     uint4 next_a[2];
-    u32 next_b[2];
+    uint2 next_b[2];
     float next_scale[2], next_bias[2];
     for (int k = -STEP; k < inner; k += STEP) {
         if (k >= 0) {
@@ -743,9 +838,7 @@ DEVICE void tile_product(const u16* a, const int* a_rows, const u32* w0, const u
             for (int i = 0; i < 2; i++) {
                 u32 packed[8];
                 for (int p = 0; p < 8; p++) {
-                    u32 q = next_b[i] >> (4 * p);
-                    float low = __uint_as_float((q & 3u) | MAGIC) - MAGIC_FLOAT;
-                    float high = __uint_as_float(((q >> 2) & 3u) | MAGIC) - MAGIC_FLOAT;
+                    float low = code_value<CODES>(next_b[i], 2 * p), high = code_value<CODES>(next_b[i], 2 * p + 1);
                     packed[p] = pack_bf16(fmaf(low, next_scale[i], next_bias[i]), fmaf(high, next_scale[i], next_bias[i]));
                 }
                 uint4* to = (uint4*)(b_tile + column * STRIDE + (half * 2 + i) * 16);
@@ -760,9 +853,9 @@ DEVICE void tile_product(const u16* a, const int* a_rows, const u32* w0, const u
                 next_a[i] = make_uint4(0, 0, 0, 0);
                 if (source[i] >= 0) next_a[i] = *(const uint4*)(a + (u64)source[i] * inner + n + a_part * 8);
                 int at = n + (half * 2 + i) * 16;
-                next_b[i] = w[at / 16];
-                next_scale[i] = scale_to_float(s[at / group], halves);
-                next_bias[i] = scale_to_float(b[at / group], halves);
+                next_b[i] = codes_16<CODES>(w, pieces + at / 16);
+                next_scale[i] = group_scale<CODES>(s, groups + at / group, halves);
+                next_bias[i] = group_bias<CODES>(b, groups + at / group, halves);
             }
         }
         if (k < 0) continue;
@@ -792,7 +885,8 @@ DEVICE void tile_product(const u16* a, const int* a_rows, const u32* w0, const u
 // middle[row] = swiglu(gate x, up x) * share as bf16, per tile. x: (tokens, inner) bf16. Grid: (width / 64, tiles).
 KERNEL kvdb_experts_up_tiles(const u16* x, const int* tile_expert, const int* row_entry, const float* share,
                              const u32* gw, const u16* gs, const u16* gb, const u32* uw, const u16* us, const u16* ub,
-                             u16* middle, int inner, int width, int group, int k, float limit, int halves) {
+                             u16* middle, int inner, int width, int group, int k, float limit, int halves,
+                             int codes) {
     __shared__ __align__(16) u16 a_tile[TILE * STRIDE];
     __shared__ __align__(16) u16 b_tile[128 * STRIDE];
     __shared__ int rows[TILE];
@@ -804,10 +898,9 @@ KERNEL kvdb_experts_up_tiles(const u16* x, const int* tile_expert, const int* ro
     }
     __syncthreads();
     u64 first = (u64)e * width + blockIdx.x * 64;
-    u64 code = first * (inner / 16), at = first * (inner / group);
     float acc[2][2][2][4];
     for (int i = 0; i < 32; i++) ((float*)acc)[i] = 0.0f;
-    tile_product(x, rows, gw + code, gs + at, gb + at, uw + code, us + at, ub + at, inner, group, halves, a_tile, b_tile, acc);
+    BY_CODES(tile_product, x, rows, gw, gs, gb, first, uw, us, ub, first, inner, group, halves, a_tile, b_tile, acc);
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     for (int m = 0; m < 2; m++)
         for (int upper = 0; upper < 2; upper++) {
@@ -825,8 +918,8 @@ KERNEL kvdb_experts_up_tiles(const u16* x, const int* tile_expert, const int* ro
 
 // out[entry] = down middle[row]. Grid: (dim / 128, tiles).
 KERNEL kvdb_experts_down_tiles(const u16* middle, const int* tile_expert, const int* row_entry, const u32* w,
-                               const u16* s, const u16* b, float* out, int dim, int width, int group,
-                               int halves) {
+                               const u16* s, const u16* b, float* out, int dim, int width, int group, int halves,
+                               int codes) {
     __shared__ __align__(16) u16 a_tile[TILE * STRIDE];
     __shared__ __align__(16) u16 b_tile[128 * STRIDE];
     __shared__ int rows[TILE];
@@ -836,12 +929,9 @@ KERNEL kvdb_experts_down_tiles(const u16* middle, const int* tile_expert, const 
         rows[threadIdx.x] = row_entry[tile * TILE + threadIdx.x] < 0 ? -1 : tile * TILE + (int)threadIdx.x;
     __syncthreads();
     u64 first = (u64)e * dim + blockIdx.x * 128;
-    u64 code = first * (width / 16), at = first * (width / group);
-    u64 code_half = 64ull * (width / 16), at_half = 64ull * (width / group);
     float acc[2][2][2][4];
     for (int i = 0; i < 32; i++) ((float*)acc)[i] = 0.0f;
-    tile_product(middle, rows, w + code, s + at, b + at, w + code + code_half, s + at + at_half, b + at + at_half, width,
-                 group, halves, a_tile, b_tile, acc);
+    BY_CODES(tile_product, middle, rows, w, s, b, first, w, s, b, first + 64, width, group, halves, a_tile, b_tile, acc);
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     for (int m = 0; m < 2; m++)
         for (int upper = 0; upper < 2; upper++) {

@@ -52,7 +52,7 @@ class NumpyOps(Unfused):
     def evaluate(self, arrays: Sequence[Array]) -> None:
         pass
 
-    def weight(self, tensor: Any) -> Any:
+    def weight(self, tensor: Any, exact: bool = False) -> Any:
         return np.ascontiguousarray(tensor.dense())
 
     def expert_weights(self, gate: Any, up: Any, down: Any) -> ExpertWeights:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def state_from_records(info: ModelInfo, pages: Iterable[Page], tail: Tail, ops: 
     if tail.n_tokens > layout.context:
         raise StateError(f"the state has {tail.n_tokens} tokens, the model's context is {layout.context}")
     # Rows of a stream: those of every page, then the tail's.
-    parts: dict[tuple[int, Part], list[F16 | F32]] = {}
+    parts: dict[tuple[int, Part], list[Any]] = {}
     id_runs = []
     for number, page in enumerate(pages):
         if page.first != number * layout.page_tokens or page.n_tokens != layout.page_tokens:

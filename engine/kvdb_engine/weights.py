@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvdb_engine.errors import ModelError
-from kvdb_engine.packing import F32
+from kvdb_engine.packing import E2M1, E4M3, F32
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,52 @@ class AffineCodes:
         return AffineCodes(codes, scales, self.biases.reshape(scales.shape), self.group_size, self.bits)
 
 
+@dataclass(frozen=True, slots=True)
+class BlockFloats:
+    """Small floats with a power of two for every 32: MLX's mxfp4 (e2m1, 4 bits) and mxfp8 (e4m3, 8 bits).
+
+    codes: (..., in * bits / 32) uint32, the first value in the lowest bits. scales: (..., in / 32) uint8, E8M0.
+    """
+
+    codes: npt.NDArray[np.uint32]
+    scales: npt.NDArray[np.uint8]
+    bits: int
+
+    def dense(self) -> F32:
+        """All values as float32."""
+        raw = np.ascontiguousarray(self.codes).view(np.uint8)
+        if self.bits == 4:
+            raw = np.stack([raw & 15, raw >> 4], axis=-1)
+        values = (E2M1 if self.bits == 4 else E4M3)[raw].reshape(*self.scales.shape, 32)
+        powers = np.exp2(self.scales.astype(np.float32) - 127)[..., None]
+        return np.ascontiguousarray((values * powers).reshape(*self.scales.shape[:-1], -1), np.float32)
+
+    def reshape(self, *leading: int) -> BlockFloats:
+        """The same values with other leading axes."""
+        codes = self.codes.reshape(*leading, self.codes.shape[-1])
+        return BlockFloats(codes, self.scales.reshape(*leading, self.scales.shape[-1]), self.bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """Values of 16 bits. values: uint16; kind: BF16 or F16."""
+
+    values: npt.NDArray[np.uint16]
+    kind: str
+
+    def dense(self) -> F32:
+        """All values as float32."""
+        if self.kind == "BF16":
+            return (self.values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return self.values.view(np.float16).astype(np.float32)
+
+    def reshape(self, *leading: int) -> Halves:
+        """The same values with other leading axes."""
+        return Halves(self.values.reshape(*leading, self.values.shape[-1]), self.kind)
+
+
 class Tensor(Protocol):
-    """One tensor in a file."""
+    """One tensor in a file. It may also have what `compact` asks for."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -163,6 +207,55 @@ class StackedTensor:
             found[0].bits,
         )
 
+    def compact(self) -> BlockFloats | Halves | None:
+        """See the function. Compact if all are, in one way."""
+        found = [compact(tensor) for tensor in self.tensors]
+        floats = [one for one in found if isinstance(one, BlockFloats)]
+        if len(floats) == len(found) and len({one.bits for one in floats}) == 1:
+            codes, scales = np.stack([one.codes for one in floats]), np.stack([one.scales for one in floats])
+            return BlockFloats(codes, scales, floats[0].bits)
+        halves = [one for one in found if isinstance(one, Halves)]
+        if len(halves) == len(found) and len({one.kind for one in halves}) == 1:
+            return Halves(np.stack([one.values for one in halves]), halves[0].kind)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class CompactTensor:
+    """Small floats or halves as a tensor."""
+
+    values: BlockFloats | Halves
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See Tensor."""
+        if isinstance(self.values, Halves):
+            return self.values.values.shape
+        return (*self.values.scales.shape[:-1], self.values.scales.shape[-1] * 32)
+
+    def dense(self) -> F32:
+        """See Tensor."""
+        return self.values.dense()
+
+    def matrix(self, index: int) -> F32:
+        """See Tensor."""
+        return self.values.dense()[index]
+
+    def affine(self) -> AffineCodes | None:
+        """See Tensor."""
+        return None
+
+    def compact(self) -> BlockFloats | Halves | None:
+        """See the function."""
+        return self.values
+
+
+def compact(tensor: Tensor) -> BlockFloats | Halves | None:
+    """A tensor's values as small floats or halves, if it is stored so; bit for bit. None otherwise."""
+    own = getattr(tensor, "compact", None)
+    found: BlockFloats | Halves | None = None if own is None else own()
+    return found
+
 
 def regroup(tensor: Tensor, *leading: int) -> Tensor:
     """The same values with other leading axes; stays quantised, and on the device if it is made there."""
@@ -173,6 +266,9 @@ def regroup(tensor: Tensor, *leading: int) -> Tensor:
     codes = tensor.affine()
     if codes is not None:
         return AffineTensor(codes.reshape(*leading))
+    floats = compact(tensor)
+    if floats is not None:
+        return CompactTensor(floats.reshape(*leading))
     return HostTensor(tensor.dense().reshape(*leading, tensor.shape[-1]))
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvdb_engine.errors import ModelError
 from kvdb_engine.packing import F32
-from kvdb_engine.weights import AffineCodes, Tensor, release
+from kvdb_engine.weights import AffineCodes, Halves, Tensor, release
 
 _GLOBAL = {
     "embed": "token_embd",
@@ -112,6 +112,12 @@ class GgufTensor:
             return None
         *leading, inner = self.shape
         return unpack(np.asarray(self.raw.data).reshape(-1), inner).reshape(*leading)
+
+    def compact(self) -> Halves | None:
+        """See weights.compact."""
+        if self.kind not in ("F16", "BF16"):
+            return None
+        return Halves(np.ascontiguousarray(self.raw.data).view(np.uint16).reshape(self.shape), self.kind)
 
 
 def _affine_q8_0(raw: npt.NDArray[np.uint8], inner: int) -> AffineCodes:

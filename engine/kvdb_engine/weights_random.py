@@ -99,7 +99,9 @@ class RandomCodes:
         groups = (*self.shape[:-1], self.shape[-1] // self.group_size)
         # On a processor 16-bit scales would be slow.
         kind = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
-        made = Quantised(codes, mx.full(groups, scale, kind), mx.full(groups, bias, kind), self.group_size, self.bits)
+        made = Quantised(
+            codes, mx.full(groups, scale, kind), mx.full(groups, bias, kind), self.group_size, self.bits, kind
+        )
         mx.eval(made.codes, made.scales, made.biases)
         return made
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from kvdb_engine.errors import ModelError
 from kvdb_engine.packing import E2M1, E4M3, F32
-from kvdb_engine.weights import AffineCodes, AffineTensor, StackedTensor, Tensor, release
+from kvdb_engine.weights import AffineCodes, AffineTensor, BlockFloats, Halves, StackedTensor, Tensor, release
 
 HEADER_LIMIT = 100 << 20  # the format's own limit for the JSON header
 _DTYPES = {
@@ -74,6 +74,10 @@ class Entry:
     def affine(self) -> AffineCodes | None:
         """See weights.Tensor."""
         return None
+
+    def compact(self) -> Halves | None:
+        """See weights.compact."""
+        return Halves(self.values.view(np.uint16), self.kind) if self.kind in ("BF16", "F16") else None
 
 
 def read_file(path: Path) -> tuple[dict[str, Entry], mmap.mmap]:
@@ -149,6 +153,20 @@ class ScaledTensor:
     def affine(self) -> AffineCodes | None:
         """See weights.Tensor."""
         return None
+
+    def compact(self) -> BlockFloats | None:
+        """See weights.compact. As MLX's mxfp8 an FP8 scale is repeated for every row and every 32 inputs."""
+        out, inner = self.shape
+        rows, columns = -(-out // self.scale.shape[0]), -(-inner // self.scale.shape[1])
+        if inner % 32 or columns % 32 or (self.is_fp4 and (rows, columns) != (1, 32)):
+            return None
+        bits = self.scale.dense().view(np.uint32)
+        if np.any(bits & np.uint32(0x807FFFFF)):  # not all powers of two
+            return None
+        powers = (bits >> np.uint32(23)).astype(np.uint8)
+        scales = np.repeat(np.repeat(powers, rows, axis=0)[:out], columns // 32, axis=1)[:, : inner // 32]
+        codes = np.ascontiguousarray(self.entry.values).view("<u4")
+        return BlockFloats(codes, np.ascontiguousarray(scales), 4 if self.is_fp4 else 8)
 
 
 class SafetensorsSource:
