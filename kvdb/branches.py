@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from array import array
@@ -61,6 +62,7 @@ async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes
         raise KvdbError("the same destination is named twice")
     _check_free(sessions, db, dests)
     made: list[bytes] = []
+    durable: asyncio.Future[None]
     if isinstance(found.value, SnapshotValue):
         with sessions.store.hold(found.value.id) as record:
             sessions.model_of(record.fingerprint)  # a branch that no model can continue is refused here
@@ -69,6 +71,7 @@ async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes
                 made.append(secrets.token_bytes(16))
                 value = SessionValue(made[-1], record.fingerprint, record.id, record.n_tokens, lineage=record.id)
                 sessions.keyspace.put(db, dest, Entry(EntryType.SESSION, 0, value))
+        durable = asyncio.ensure_future(sessions.keyspace.flush())
     else:
         async with sessions.use(db, source) as origin:
             _check_free(sessions, db, dests)
@@ -77,10 +80,16 @@ async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes
             for session in new:
                 stand_beside(sessions, origin, session)
             made += [session.uid for session in new]
-            for session in new:
-                await share_state(origin, session)
+            # The worker copies the states while the disk takes the names.
+            durable = asyncio.ensure_future(sessions.keyspace.flush())
+            try:
+                for session in new:
+                    await share_state(origin, session)
+            except BaseException:
+                durable.cancel()
+                raise
     try:
-        await sessions.keyspace.flush()
+        await durable
     except KvdbError:
         for uid in made:
             if (place := sessions.keyspace.session_place(uid)) is not None:

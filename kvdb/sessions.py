@@ -9,6 +9,7 @@ in timelines.py (prefill, extend, generate), storing.py (snapshot) and branches.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -29,6 +30,8 @@ log = logging.getLogger("kvdb.sessions")
 
 # A session's ids are 4 bytes a token in the daemon: those that nobody uses give them back.
 FORGET_AFTER_S = 60.0
+# So many sessions are looked at before other clients have their turn: some tenths of a millisecond.
+SWEEP_BATCH = 64
 
 StoreState = Callable[["Sessions", Session, Reason], Awaitable[None]]
 
@@ -261,7 +264,9 @@ class Sessions:
 
         At rest: not live and unused for `forget_after_s`. It comes back from base and journal on its next use.
         """
-        for uid, session in list(self.open.items()):
+        for number, (uid, session) in enumerate(list(self.open.items())):
+            if number % SWEEP_BATCH == SWEEP_BATCH - 1:
+                await asyncio.sleep(0)
             if session.lock.locked() or self.open.get(uid) is not session:
                 continue
             is_at_rest = not session.is_resident and time.monotonic() - session.used > forget_after_s
