@@ -195,8 +195,11 @@ class Server:
 
         Looked at in every round: the limit may be passed by what is written in between.
         """
-        before, self.refusal = self.refusal, self.store.write_error
-        if self.refusal is None:
+        before, self.refusal = self.refusal, None
+        if (error := self.store.write_error) is not None:
+            # Not the same words as the writes of the failed round get: those are kept, and tried again.
+            self.refusal = type(error)(f"{error} (this command was not run)")
+        else:
             try:
                 self.store.budget.check()
             except KvdbError as error:

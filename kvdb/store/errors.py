@@ -8,6 +8,7 @@ import lmdb
 
 from kvdb.errors import KvdbError, MisconfError, NoSpaceError, SnapshotGoneError, StalePagesError
 
+COMMIT = "commit"  # what a round was doing: its changes stay in memory
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -19,6 +20,8 @@ def as_kvdb_error(error: BaseException, doing: str) -> KvdbError:
         text = error.strerror or str(error)
         if error.errno in _FULL:
             return NoSpaceError(f"{doing}: {text}; free space or delete keys, then retry")
+        if doing == COMMIT:
+            return MisconfError(f"writes cannot be made durable: {text}; they are tried again")
         return KvdbError(f"{doing}: {text}")
     # py-lmdb reports the operating system's error as text only.
     if isinstance(error, lmdb.MapFullError) or "No space left" in str(error) or "Disk quota" in str(error):

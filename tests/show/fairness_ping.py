@@ -4,8 +4,8 @@ python tests/show/fairness_ping.py [--quick]
 
 One daemon serves two models. Three situations: idle; `dsv4-nano` prefills 16k tokens on the processors; a session of
 `synthetic:dsv4-flash` is stored (1 GB and more of new pages), while the prefill goes on. All the while one connection
-sends PING every millisecond. Where redis-server is installed an idle one is asked in turn with the daemon: what it shows
-is the machine, not the server.
+sends PING every millisecond. Where redis-server is installed an idle one is asked in turn with the daemon: what that
+shows is the machine, not the server.
 """
 
 from __future__ import annotations
