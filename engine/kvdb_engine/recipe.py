@@ -162,9 +162,8 @@ def recipe_size(config: ModelConfig, recipe: Recipe | None = None) -> list[Class
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 
     def add(name: str, shape: tuple[int, ...], way: tuple[int, int] | None) -> None:
-        kind = "I32" if name.endswith("tid2eid") else "BF16" if len(shape) >= 2 else "F32"
         counts[tensor_class(name)][0] += int(np.prod(shape, dtype=np.int64))
-        counts[tensor_class(name)][1] += stored_bytes(shape, kind, way)
+        counts[tensor_class(name)][1] += stored_bytes(shape, _plain_kind(name, shape), way)
 
     for name, shape in tensor_shapes(config).items():
         add(name, shape, way_of(recipe, name, shape[-1], config.n_layers) if len(shape) == 2 else None)
@@ -172,3 +171,16 @@ def recipe_size(config: ModelConfig, recipe: Recipe | None = None) -> list[Class
         for part in PARTS:
             add(expert_name(layer, part), expert_shape(config, part), expert_way(config, recipe, layer, part))
     return [ClassReport(name, *count) for name, count in sorted(counts.items())]
+
+
+def plain_size(config: ModelConfig) -> int:
+    """Bytes of the same model with all matrices in bf16 and vectors in f32."""
+    shapes = list(tensor_shapes(config).items())
+    shapes += [
+        (expert_name(layer, part), expert_shape(config, part)) for layer in range(config.n_layers) for part in PARTS
+    ]
+    return sum(stored_bytes(shape, _plain_kind(name, shape), None) for name, shape in shapes)
+
+
+def _plain_kind(name: str, shape: tuple[int, ...]) -> str:
+    return "I32" if name.endswith("tid2eid") else "BF16" if len(shape) >= 2 else "F32"

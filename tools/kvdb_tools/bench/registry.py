@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from kvdb_tools.bench import (
     commands,
+    compression,
+    engine,
     eviction,
     fork,
     http_choices,
@@ -38,6 +40,9 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("switch", "50 sessions of 4,096 tokens round-robin: RESTORE against prefill", switch.run),
         Scenario("choices", "8 choices of an 8k prompt over HTTP, against one", http_choices.run),
         Scenario("http", "agent traces over HTTP: share of prompt tokens served from states", http_replay.run),
+        Scenario("compression", "bytes and quality of each layer of compression: rows, rounding, weights",
+                 compression.run),
+        Scenario("engine", "the engine alone: prefill and decode, with and without a fast BLAS", engine.run),
         Scenario("eviction", "simulated: tokens saved by each eviction policy on traces", eviction.run),
     )
 }  # fmt: skip
