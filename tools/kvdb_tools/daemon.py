@@ -221,6 +221,14 @@ def as_int(value: object) -> int:
     return value
 
 
+def as_float(value: object) -> float:
+    """A number of a map reply, which RESP2 sends as text."""
+    try:
+        return float(value if isinstance(value, int | float) else bytes(value))  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        raise CommandError(f"{value!r} is not a number") from None
+
+
 def as_ids(value: object) -> tuple[int, ...]:
     """A list of token ids in a map reply."""
     if not isinstance(value, list):

@@ -87,6 +87,23 @@ def daemon_ms(call: Caller, command: str) -> float:
     return 0.0
 
 
+def log_commands(call: Caller, count: int) -> None:
+    """Let the daemon log how long each of the next `count` commands takes, whoever waits for them how long."""
+    call("CONFIG", "SET", "slowlog-max-len", count, "slowlog-log-slower-than", 0)
+    call("SLOWLOG", "RESET")
+
+
+def logged_ms(call: Caller, command: str) -> list[float]:
+    """Milliseconds of each such command as the daemon itself saw them; ends the logging."""
+    call("CONFIG", "SET", "slowlog-log-slower-than", -1)
+    times = []
+    for entry in call.list("SLOWLOG", "GET", -1):
+        match entry:
+            case [_, _, int(took_us), [bytes(word), *_], *_] if word.decode().lower() == command:
+                times.append(took_us / 1e3)
+    return times
+
+
 def drop_cache(directory: Path) -> None:
     """Ask the kernel to forget the pages of every file below a directory; they must be clean, so sync them first."""
     for folder, _, names in os.walk(directory):
@@ -108,6 +125,17 @@ def read_plain(paths: list[Path], n_bytes: int) -> float:
         with path.open("rb", buffering=0) as file:
             while left > 0 and (got := file.readinto(memoryview(buffer)[: min(left, len(buffer))])):
                 left -= got
+    return time.perf_counter() - began
+
+
+def read_kept(paths: list[Path], memory: memoryview) -> float:
+    """Fill memory that is there already from the first bytes of some files; returns the seconds."""
+    began = time.perf_counter()
+    at = 0
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while at < len(memory) and (got := file.readinto(memory[at:])):
+                at += got
     return time.perf_counter() - began
 
 

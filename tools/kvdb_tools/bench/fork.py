@@ -15,6 +15,7 @@ from kvdb_tools.daemon import Caller, Daemon, disk_bytes
 FORKS = 10_000
 QUICK_FORKS = 500
 BATCH = 100
+MOST_MS = 1
 
 
 def run(settings: Settings) -> Result:
@@ -23,7 +24,8 @@ def run(settings: Settings) -> Result:
     n_forks = QUICK_FORKS if settings.quick else FORKS
     directory = settings.scratch / "kvdb"
     result = Result(
-        f"FORK at {n_tokens:,} tokens", ("what", "forks", "p50 ms", "p99 ms", "in the daemon ms", "bytes a fork")
+        f"FORK at {n_tokens:,} tokens",
+        ("what", "forks", "p50 ms", "p99 ms", "in the daemon p50", "p99", "bytes a fork"),
     )
     daemon = Daemon(directory, {"model": flash.model_of(settings)})
     with daemon, Connection(daemon.target) as connection:
@@ -42,17 +44,22 @@ def run(settings: Settings) -> Result:
             call("FORK", "state", *(f"many:{number + one}" for one in range(BATCH)))
         each = (time.perf_counter() - began) / n_forks * 1e3
         grown = (disk_bytes(directory) - before) / n_forks
-        result.rows.append([f"of the snapshot, {BATCH} a command", n_forks, each, None, None, grown])
+        result.rows.append([f"of the snapshot, {BATCH} a command", n_forks, each, None, None, None, grown])
     result.rows.append(["floor: append 4 KiB + fdatasync, twice", len(floor), flash.percentile(floor, 0.5) * 1e3,
-                        flash.percentile(floor, 0.99) * 1e3, None, None])  # fmt: skip
-    result.rows.append(["a copy of ds4's file would be", None, None, None, None, float(ds4_file_bytes(n_tokens))])
+                        flash.percentile(floor, 0.99) * 1e3, None, None, None])  # fmt: skip
+    result.rows.append(["a copy of ds4's file would be", None, None, None, None, None, float(ds4_file_bytes(n_tokens))])
+    for row in map(result.named, result.rows[:2]):
+        for share in ("in the daemon p50", "p99"):
+            took = row[share]
+            claim = f"FORK {row['what']}, {share}: under {MOST_MS} ms: {took:.2f}"
+            result.claims.append((claim, isinstance(took, float) and took < MOST_MS))
     result.notes.append("one client, one fork at a time, each on disk when it is answered (a commit is two syncs);")
-    result.notes.append("in the daemon: mean by INFO commandstats, sync included. bytes: growth of the directory")
+    result.notes.append("in the daemon: ms by SLOWLOG, syncs included. bytes: growth of the directory")
     return result
 
 
 def _forks(call: Caller, directory: Path, source: str, n_forks: int, floor: list[float]) -> list[Cell]:
-    call("CONFIG", "RESETSTAT")
+    flash.log_commands(call, n_forks)
     before = disk_bytes(directory)
     times = []
     for number in range(n_forks):
@@ -63,8 +70,8 @@ def _forks(call: Caller, directory: Path, source: str, n_forks: int, floor: list
             # In between, so that whatever else the disk has to do hits both.
             floor.append(_sync_s(directory.with_name("floor")))
     grown = (disk_bytes(directory) - before) / n_forks
-    inside = flash.daemon_ms(call, "fork")
-    return [n_forks, flash.percentile(times, 0.5), flash.percentile(times, 0.99), inside, grown]
+    inside = flash.logged_ms(call, "fork")
+    return [n_forks, *(flash.percentile(column, share) for column in (times, inside) for share in (0.5, 0.99)), grown]
 
 
 def _sync_s(path: Path) -> float:

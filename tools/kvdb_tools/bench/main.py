@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from kvdb_tools.bench.scenario import Cell, MissingError, Result, Settings
 from kvdb_tools.daemon import CommandError, DaemonError
 
 PIPE_COLUMNS = 150
+TERMINATED = 128 + signal.SIGTERM
 
 
 @click.command(epilog="\b\nScenarios:\n" + "\n".join(f"  {s.name:<12}{s.summary}" for s in SCENARIOS.values()))
@@ -42,6 +44,8 @@ def main(
     model: str,
 ) -> None:
     """Measure kvdb beside its baselines, in one run on this machine."""
+    # As after Ctrl-C: whoever has started a daemon or a server ends it on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     # A pipe has no width of its own; at rich's 80 columns the wide tables would lose their numbers.
     stream = sys.stderr if as_json else sys.stdout
     console = Console(stderr=as_json, highlight=False, width=None if stream.isatty() else PIPE_COLUMNS)

@@ -14,6 +14,8 @@ from kvdb_tools.daemon import Caller, Daemon
 
 REPEATS = 200
 N_TOKENS = 25_000
+CLAIMED = ("SAMPLE state", "LOGITS state TOP 20")
+MOST_MS = 2
 
 
 def run(settings: Settings) -> Result:
@@ -40,6 +42,11 @@ def run(settings: Settings) -> Result:
                 times.append((time.perf_counter() - began) * 1e3)
             inside = flash.daemon_ms(call, words[0].lower())
             result.rows.append([" ".join(words), flash.percentile(times, 0.5), flash.percentile(times, 0.99), inside])
+    for row in map(result.named, result.rows):
+        if row["command"] in CLAIMED:
+            took = row["p50 ms"]
+            claim = f"{row['command']}: under {MOST_MS} ms: {took:.2f}"
+            result.claims.append((claim, isinstance(took, float) and took < MOST_MS))
     with RedisServer(settings.scratch / "redis", "no") as server, RedisBytes(server.target.port) as redis:
         redis.set("logits", 4 * flash.VOCAB, noise())
         times = [redis.get("logits")[1] * 1e3 for _ in range(REPEATS)]
@@ -47,6 +54,6 @@ def run(settings: Settings) -> Result:
         ["Redis GET of the logits alone", flash.percentile(times, 0.5), flash.percentile(times, 0.99), None]
     )
     result.notes.append(
-        "each call reads and checks the snapshot's tail, about 10 MB; in the daemon: mean by INFO commandstats"
+        "each call reads and checks the head of the snapshot's tail, 0.5 MB; in the daemon: mean by INFO commandstats"
     )
     return result

@@ -72,9 +72,13 @@ class Result:
     curves: Curves | None = None
     claims: list[tuple[str, bool]] = field(default_factory=list)
 
+    def named(self, row: list[Cell]) -> dict[str, Cell]:
+        """A row's cells by column."""
+        return dict(zip(self.columns, row, strict=True))
+
     def as_dict(self) -> dict[str, object]:
         """For --json: rows as maps by column name."""
-        rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        rows = [self.named(row) for row in self.rows]
         found: dict[str, object] = {"title": self.title, "rows": rows, "notes": self.notes}
         found["bars"] = asdict(self.bars) if self.bars else None
         found["curves"] = asdict(self.curves) if self.curves else None

@@ -16,6 +16,7 @@ from kvdb_tools.daemon import Caller, Daemon, as_int, disk_bytes, rss_bytes
 MiB = 1 << 20
 STATE_TOKENS = 100_000
 QUICK_BYTES = 5 * 10**8
+MOST_S = 1
 REDIS_BYTES = 2 * 10**9  # redis-server keeps everything in memory
 
 
@@ -54,6 +55,8 @@ def run(settings: Settings) -> Result:
         on_disk = disk_bytes(directory)
         result.rows.append(["kvdb, empty", 0, None, empty_s, None, empty_rss / 1e6, None])
         result.rows.append(["kvdb", on_disk / 1e9, fill_s, ready_s, after_kill_s, rss / 1e6, restore_ms])
+    slowest = max(ready_s, after_kill_s)
+    result.claims.append((f"with {on_disk / 1e9:.1f} GB up in {MOST_S} s: {slowest:.2f}", slowest < MOST_S))
     result.rows.append(_redis(settings.scratch / "redis", min(wanted, REDIS_BYTES)))
     result.notes.append(f"kvdb: states of {STATE_TOKENS:,} tokens; first RESTORE starts the engine worker too")
     result.notes.append("redis-server: values of 1 MiB, appendonly, loaded from its append-only file after SIGKILL")
