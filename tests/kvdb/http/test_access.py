@@ -68,12 +68,30 @@ def test_errors_have_the_dialect_of_their_path(http: httpx.Client) -> None:
         ("POST", "/v1/chat/completions", b"[]", 400),
         ("POST", "/v1/chat/completions", b"[" * 100_000, 400),
         ("POST", "/v1/messages", b"\xff\xfe", 400),
+        ("POST", "/v1/completions", b'{"prompt": "cut \\ud83d"}', 400),
+        ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "\\uDE00"}]}', 400),
     ],
 )
 def test_bad_requests(http: httpx.Client, method: str, path: str, body: bytes, status: int) -> None:
     reply = http.request(method, path, content=body, headers={"authorization": "Bearer main-key"})
     assert reply.status_code == status
     assert reply.json()["error"]["message"]
+
+
+def test_what_strangers_send_is_not_collected(http: httpx.Client) -> None:
+    """The key is looked at before the body, which here is more than any body may be."""
+
+    def body() -> Iterator[bytes]:
+        for _ in range(1100):
+            yield bytes(65536)
+
+    assert http.post("/v1/messages", content=body()).status_code == 401
+    assert http.post("/v1/messages", content=body(), headers={"x-api-key": "main-key"}).status_code == 413
+
+
+def test_text_that_is_whole_is_welcome(http: httpx.Client) -> None:
+    body = b'{"prompt": "\\ud83d\\ude00 \\\\ud83d", "max_tokens": 1}'
+    assert http.post("/v1/completions", content=body, headers={"x-api-key": "main-key"}).status_code == 200
 
 
 def test_responses_belong_to_their_user(http: httpx.Client) -> None:

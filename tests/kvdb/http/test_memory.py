@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvdb.http.memory import IDLE_SESSIONS, Memory, turn_hashes
+from kvdb.store.entries import Entry, EntryType, SnapshotValue
 from kvdb_engine.chat import SampledBlock, Thinking
 from kvdb_tools.daemon import Daemon, free_port
 
@@ -122,6 +125,43 @@ def test_idle_sessions_are_few_and_taken_once(memory: Memory) -> None:
     assert names[5] not in keys.entries
 
 
+async def test_an_anchor_that_changes_while_it_is_read_is_not_written_back(memory: Memory) -> None:
+    keys: Any = memory.keyspace
+    key = b"http:turn:" + b"t".hex().encode()
+    old = Entry(EntryType.SNAPSHOT, 5, SnapshotValue(b"old", created_ms=0))
+    new = Entry(EntryType.SNAPSHOT, 7, SnapshotValue(b"new", created_ms=0))
+
+    class Store:
+        after: Any = None
+
+        def hold(self, _: bytes) -> contextlib.AbstractContextManager[None]:
+            return contextlib.nullcontext()
+
+        async def token_ids(self, _: bytes) -> bytes:
+            keys.put(0, key, self.after) if self.after is not None else keys.delete(0, key)
+            return bytes(8)
+
+    memory.sessions.store = Store()  # type: ignore[assignment]
+    keys.put(0, key, old)
+    found = await memory.find_turn([(3, b"t")])
+    assert found is not None and len(found[2]) == 2
+    assert keys.entries == {}  # deleted meanwhile: it stays deleted
+    Store.after = new
+    keys.put(0, key, old)
+    assert await memory.find_turn([(3, b"t")]) is not None
+    assert keys.entries[key].value == new.value  # stored anew meanwhile: that is what is kept for longer
+    assert keys.entries[key].expire_ms > 7
+
+
+def test_locks_are_shared_while_someone_has_them(memory: Memory) -> None:
+    lock = memory.lock(b"a")
+    assert memory.lock(b"b") is not lock
+    assert memory.lock(b"a") is lock
+    del lock
+    gc.collect()
+    assert not memory._locks
+
+
 def test_blocks_are_used_only_for_the_calls_they_issued(memory: Memory) -> None:
     memory.keep_block(["a", "b"], "BLOCK")
 
@@ -150,3 +190,7 @@ def test_a_full_store_costs_the_anchor_not_the_answer(small: Served) -> None:
         assert reply.choices[0].finish_reason == "length"
     stored = list(small.redis.scan_iter(match="http:*", _type="snapshot"))
     assert len(stored) < 4
+    asked = {"model": MODEL, "prompt": "Then the wind came. " * 100, "max_tokens": 1}
+    body = small.http.post("/v1/completions", json=asked, headers={"x-kvdb-snapshot": "wanted"}).json()
+    assert "kvdb" not in body  # it could not be stored, so it is not named
+    assert not small.redis.exists("wanted")

@@ -10,22 +10,11 @@ import pytest
 
 from kvdb_tools.daemon import Daemon, free_port
 
-from .conftest import CALCULATOR, MODEL, Served
+from . import talks
+from .conftest import MODEL, Served
+from .talks import DIALECTS, REQUESTS, TOOLS, Chat, Talk, reordered
 
-NOTE = {
-    "type": "function",
-    "function": {
-        "name": "note_write",
-        "description": "Write a value into the note pad.",
-        "parameters": {
-            "type": "object",
-            "properties": {"key": {"type": "string"}, "value": {"type": "string"}},
-            "required": ["key", "value"],
-        },
-    },
-}
-SYSTEM = {"role": "system", "content": "You are a helpful assistant. " + "Answer briefly. " * 60}
-SUMS = ["What is 12 plus 30?", "What is 7 times 6?", "What is 100 minus 58?"]
+SYSTEM = {"role": "system", "content": talks.SYSTEM}
 
 
 @pytest.fixture
@@ -37,80 +26,54 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def ask(served: Served, messages: list[Any], **more: Any) -> Any:
-    asked = {"model": MODEL, "messages": messages, "tools": [CALCULATOR, NOTE], "max_tokens": 80, "temperature": 0}
+    asked = {"model": MODEL, "messages": messages, "tools": TOOLS, "max_tokens": 80, "temperature": 0}
     return served.openai.chat.completions.create(**{**asked, **more})
 
 
-class Conversation:
-    """Calls tools and answers them. `computed` says what each request cost beyond the tokens that are new in it."""
-
-    def __init__(self, served: Served) -> None:
-        self.served = served
-        self.messages: list[Any] = [SYSTEM]
-        self.total = 0  # tokens of the timeline so far
-        self.new_tokens: list[int] = []
-        self.computed: list[int] = []
-
-    def turn(self, added: list[Any], spelling: Any = lambda messages: messages, **more: Any) -> Any:
-        self.messages += added
-        reply = ask(self.served, spelling(self.messages), **more)
-        usage = reply.usage
-        self.new_tokens.append(usage.prompt_tokens - self.total)
-        self.computed.append(usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens)
-        self.total = usage.total_tokens
-        self.messages.append(reply.choices[0].message.model_dump(exclude_none=True))
-        return reply.choices[0].message
-
-    def exchange(self, question: str, **more: Any) -> None:
-        """A question, and the answer to the call that it leads to."""
-        message = self.turn([{"role": "user", "content": question}], **more)
-        assert message.tool_calls, message
-        answers = [{"role": "tool", "tool_call_id": call.id, "content": "42"} for call in message.tool_calls]
-        self.turn(answers, **more)
-
-
-def test_only_the_new_tokens_are_computed(served: Served) -> None:
-    talk = Conversation(served)
-    for question in SUMS:
-        talk.exchange(question)
-    assert talk.computed[0] > 300
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda kind: kind.__name__)
+def test_only_the_new_tokens_are_computed(served: Served, dialect: type[Talk]) -> None:
+    talk = dialect(served)
+    for request in REQUESTS:
+        talk.exchange(request)
+    assert len(talk.computed) == 6
     assert talk.computed[1:] == talk.new_tokens[1:]
-    assert max(talk.computed[1:]) < 40
+    assert max(talk.computed[1:]) < 40 < min(talk.new_tokens[0], talk.total)
 
 
 def test_the_same_after_sigkill(own: Served) -> None:
-    talk = Conversation(own)
-    for question in SUMS:
-        talk.exchange(question)
+    """In each dialect; every second time the client spells its JSON another way than the server sent it."""
+    spoken = [dialect(own) for dialect in DIALECTS]
+    for number, request in enumerate(REQUESTS):
+        for talk in spoken:
+            talk.exchange(request, reordered if number % 2 else as_it_is)
         own.daemon.kill()
         own.daemon.start()
-    assert talk.computed[1:] == talk.new_tokens[1:]
+    for talk in spoken:
+        assert talk.computed[1:] == talk.new_tokens[1:]
+        assert max(talk.computed[1:]) < 40
 
 
-def reordered(value: Any) -> Any:
-    """The same JSON with its keys in another order, tool arguments and all."""
-    if isinstance(value, dict):
-        return {key: reordered(value[key]) for key in reversed(value)}
-    if isinstance(value, list):
-        return [reordered(one) for one in value]
-    if isinstance(value, str) and value.startswith("{"):
-        return json.dumps(reordered(json.loads(value)), indent=1)
+def as_it_is(value: Any) -> Any:
     return value
 
 
-def test_other_spellings_of_the_same_conversation(served: Served) -> None:
-    talk = Conversation(served)
-    tools = [reordered(CALCULATOR), reordered(NOTE)]
-    for number, question in enumerate(SUMS):
-        talk.exchange(f"{question} ", **({"spelling": reordered, "tools": tools} if number else {}))
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda kind: kind.__name__)
+def test_other_spellings_of_the_same_conversation(served: Served, dialect: type[Talk]) -> None:
+    talk = dialect(served)
+    for number, request in enumerate(REQUESTS):
+        talk.exchange(f"{request} ", reordered if number else as_it_is)
     assert talk.computed[1:] == talk.new_tokens[1:]
+    assert "note_write" in json.dumps(talk.messages)  # a call whose arguments have an order
 
 
 def test_reasoning_that_the_client_drops_is_still_there(served: Served) -> None:
-    first = ask(served, [SYSTEM, {"role": "user", "content": "Think."}], reasoning_effort="low", max_tokens=400)
-    message = first.choices[0].message
-    if first.choices[0].finish_reason != "stop":
-        pytest.skip("the model did not end its thought")
+    asked = [SYSTEM, {"role": "user", "content": "Think."}]
+    for seed in range(20):  # the first in which the model ends its thought and says something
+        first = ask(served, asked, reasoning_effort="low", max_tokens=200, temperature=0.7, seed=seed)
+        message = first.choices[0].message
+        if first.choices[0].finish_reason == "stop" and message.content:
+            break
+    assert message.content and message.reasoning_content
     again = [
         SYSTEM,
         {"role": "user", "content": "Think."},
@@ -122,9 +85,14 @@ def test_reasoning_that_the_client_drops_is_still_there(served: Served) -> None:
 
 
 def test_a_changed_answer_is_no_replay(served: Served) -> None:
-    talk = Conversation(served)
-    talk.exchange(SUMS[0])
-    changed = [*talk.messages[:-1], {"role": "assistant", "content": "It is 43."}, {"role": "user", "content": "Sure?"}]
+    talk = Chat(served)
+    talk.exchange(REQUESTS[0])
+    changed = [
+        SYSTEM,
+        *talk.messages[:-1],
+        {"role": "assistant", "content": "It is 43."},
+        {"role": "user", "content": "Sure?"},
+    ]
     reply = ask(served, changed)
     # The timeline goes on from the last turn that is as it was: the call, not the answer after it.
     assert talk.total - 60 < reply.usage.prompt_tokens
@@ -134,9 +102,9 @@ def test_a_changed_answer_is_no_replay(served: Served) -> None:
 
 def test_an_unknown_conversation_uses_the_sampled_blocks(served: Served) -> None:
     """Another system text: nothing can be reused, but each call is rendered as it was sampled."""
-    talk = Conversation(served)
-    talk.exchange(SUMS[0])
-    other = [{"role": "system", "content": "Be kind."}, *talk.messages[1:], {"role": "user", "content": "Thanks."}]
+    talk = Chat(served)
+    talk.exchange(REQUESTS[0])
+    other = [{"role": "system", "content": "Be kind."}, *talk.messages, {"role": "user", "content": "Thanks."}]
     first = ask(served, other, max_tokens=2)
     spelled = ask(served, reordered(other), max_tokens=2)
     assert spelled.usage.prompt_tokens == first.usage.prompt_tokens
@@ -161,8 +129,8 @@ def test_conversations_share_their_system_part(served: Served) -> None:
 
 
 def test_what_only_a_retry_can_use_is_kept_for_an_hour(own: Served) -> None:
-    talk = Conversation(own)
-    talk.exchange(SUMS[0])
+    talk = Chat(own)
+    talk.exchange(REQUESTS[0])
 
     def hours(pattern: str) -> list[int]:
         return sorted(round(own.redis.ttl(key) / 3600) for key in own.redis.scan_iter(match=pattern))
@@ -171,7 +139,7 @@ def test_what_only_a_retry_can_use_is_kept_for_an_hour(own: Served) -> None:
     assert hours("http:prompt:*") == [7 * 24]  # the system part
     ask(own, [{"role": "user", "content": "One long question. " * 60}], max_tokens=1)
     assert hours("http:prompt:*") == [1, 7 * 24, 7 * 24]  # the question, and the tools without the system text
-    ask(own, talk.messages[:3])  # a retry of the first turn's answer: it may go on from there again
+    ask(own, [SYSTEM, *talk.messages[:2]])  # a retry of the first turn's answer: it may go on from there again
     assert hours("http:turn:*").count(7 * 24) == 2
 
 
@@ -188,6 +156,30 @@ def test_a_named_session_and_a_snapshot(served: Served) -> None:
     assert served.redis.rewind_to("my-agent", "my-agent:1").recomputed == 0
     wrong = served.http.post("/v1/chat/completions", json=asked, headers={"X-KVDB-Session": "my-agent:1"})
     assert wrong.status_code == 409
+    served.redis.set("plain", "text")
+    wrong = served.http.post("/v1/chat/completions", json=asked, headers={"X-KVDB-Snapshot": "plain"})
+    assert wrong.status_code == 409
+    assert served.redis.get("plain") == b"text"
+
+
+def test_a_snapshot_for_each_turn(served: Served) -> None:
+    """Each turn's state under a name of its own: any of them can be gone back to, and the streams name them too."""
+    said: list[Any] = [{"role": "user", "content": "Who are you?"}]
+    for number in range(3):
+        headers = {"X-KVDB-Session": "turns", "X-KVDB-Snapshot": f"turns:{number}"}
+        asked = {"model": MODEL, "messages": said, "max_tokens": 30, "temperature": 0, "stream": number == 1}
+        reply = served.http.post("/v1/chat/completions", json=asked, headers=headers)
+        if number == 1:
+            events = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")]
+            assert json.loads(events[-1])["kvdb"] == {"session": "turns", "snapshot": "turns:1"}
+            text = "".join(json.loads(one)["choices"][0]["delta"].get("content", "") for one in events[:-1])
+        else:
+            text = reply.json()["choices"][0]["message"]["content"]
+        said += [{"role": "assistant", "content": text}, {"role": "user", "content": "Thank you!"}]
+    tokens = [served.redis.snapinfo(f"turns:{number}").tokens for number in range(3)]
+    assert tokens == sorted(set(tokens))
+    back = served.redis.rewind_to("turns", "turns:0")
+    assert (back.tokens, back.recomputed) == (tokens[0], 0)
 
 
 def test_parallel_requests_do_not_mix(served: Served) -> None:
