@@ -128,13 +128,14 @@ def _f32(value: float) -> float:
 
 
 def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """Read a Hugging Face config of a DeepSeek-V4 model.
+    """Read a Hugging Face config of a DeepSeek-V4 model, with the official keys or those that transformers writes.
 
     config: the parsed JSON. where: the file's name for messages. Raises ModelError naming the field.
     """
     kind = config.get("model_type")
     if kind not in HF_MODEL_TYPES:
         raise ModelError(f"{where}: model_type is {kind!r}; this engine runs {', '.join(HF_MODEL_TYPES)} only")
+    config = _official_keys(config, where)
     rope = dict(config.get("rope_scaling") or {})
 
     def need(key: str) -> Any:
@@ -186,6 +187,46 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{where}: {error}") from error
+
+
+_LAYER_TYPES = {
+    "sliding_attention": 0,
+    "compressed_sparse_attention": 4,
+    "heavily_compressed_attention": 128,
+}
+
+
+def _official_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The same config with the official keys in place of those that transformers' save_pretrained writes.
+
+    transformers names layer types instead of ratios and hash layers, and keeps the two RoPEs under rope_parameters.
+    """
+    tree = dict(config)
+    if "compress_ratios" not in tree and isinstance(tree.get("layer_types"), list):
+        ratios = {**_LAYER_TYPES, **(tree.get("compress_rates") or {})}
+        unknown = sorted({str(kind) for kind in tree["layer_types"] if kind not in ratios})
+        if unknown:
+            raise ModelError(f"{where}: unknown layer types {', '.join(unknown)}")
+        tree["compress_ratios"] = [ratios[kind] for kind in tree["layer_types"]]
+    if "num_hash_layers" not in tree and isinstance(tree.get("mlp_layer_types"), list):
+        kinds = tree["mlp_layer_types"]
+        tree["num_hash_layers"] = kinds.count("hash_moe")
+        if "hash_moe" in kinds[tree["num_hash_layers"] :]:
+            raise ModelError(f"{where}: hash layers that are not the first ones are not supported")
+    if "qk_rope_head_dim" not in tree and tree.get("partial_rotary_factor") and tree.get("head_dim"):
+        tree["qk_rope_head_dim"] = int(tree["head_dim"] * tree["partial_rotary_factor"])
+    rope = tree.get("rope_parameters")
+    if (
+        isinstance(rope, Mapping)
+        and isinstance(rope.get("main"), Mapping)
+        and isinstance(rope.get("compress"), Mapping)
+    ):
+        tree["rope_theta"] = rope["main"].get("rope_theta", tree.get("rope_theta", 10000.0))
+        tree["compress_rope_theta"] = rope["compress"].get("rope_theta", tree.get("compress_rope_theta", 160000.0))
+        tree.setdefault("rope_scaling", rope["compress"])
+    if isinstance(tree.get("eos_token_id"), list):
+        tree["eos_token_id"] = tree["eos_token_id"][0]
+    return tree
 
 
 def from_gguf(meta: Mapping[str, Any], where: str = "the GGUF file") -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Hugging Face folders: safetensors files under official DeepSeek tensor names.
+"""Hugging Face folders: safetensors files under official DeepSeek tensor names, or transformers' own.
 
 Reads headers and maps the data, so nothing is copied before a tensor is asked for. Kinds of tensors: plain (F32, F16,
 BF16, whole numbers); FP8 e4m3 with one E8M0 (or F32) scale per 128 x 128 block; FP4 (two e2m1 per byte, low nibble
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from kvdb_engine.errors import ModelError
 from kvdb_engine.packing import E2M1, E4M3, F32
 from kvdb_engine.weights import AffineCodes, AffineTensor, BlockFloats, Halves, StackedTensor, Tensor, release
+from kvdb_engine.weights_names import GATE_UP, is_transformers_name, official_name
 
 HEADER_LIMIT = 100 << 20  # the format's own limit for the JSON header
 _DTYPES = {
@@ -182,6 +183,8 @@ class SafetensorsSource:
             entries, mapped = read_file(path)
             self._entries.update(entries)
             self._maps.append(mapped)
+        if any(map(is_transformers_name, self._entries)):
+            self._entries = _split_gate_up({official_name(name): entry for name, entry in self._entries.items()})
         # "model." in front is how some exports write the same names.
         if not any(name.startswith("layers.") for name in self._entries):
             self._entries = {name.removeprefix("model."): entry for name, entry in self._entries.items()}
@@ -245,6 +248,20 @@ class SafetensorsSource:
                 f"{bits} bits in groups of {group_size}"
             )
         return AffineCodes(entry.values, scales.dense(), biases.dense(), group_size, bits)
+
+
+def _split_gate_up(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Routed experts' gate and up as tensors of their own: views of the one that transformers writes."""
+    found: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        if not name.endswith(GATE_UP):
+            found[name] = entry
+            continue
+        layer, half = name.removesuffix(GATE_UP), entry.shape[1] // 2
+        for part, rows in (("w1", slice(0, half)), ("w3", slice(half, None))):
+            shape = (entry.shape[0], half, *entry.shape[2:])
+            found[f"{layer}ffn.experts.{part}"] = Entry(entry.kind, shape, entry.values[:, rows])
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvdb_engine.catalog import ModelInfo, open_model
+from kvdb_engine.config import from_hf
 from kvdb_engine.engine import Engine
 from kvdb_engine.errors import ModelError
 from kvdb_engine.packing import E2M1, E4M3
 from kvdb_engine.weights_safetensors import SafetensorsSource, read_file
-from tests.engine.checkpoints import Stored, stored, weights, write_folder, write_safetensors
+from tests.engine.checkpoints import CONFIG, Stored, stored, weights, write_folder, write_safetensors
+
+MAKE = Path(__file__).parent.parent / "vectors" / "transformers" / "make.py"
+spec = importlib.util.spec_from_file_location("make", MAKE)
+assert spec and spec.loader
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+transformers_names = make.transformers_names
 
 PROMPT = np.random.default_rng(3).integers(0, 64, 300)
 
@@ -41,6 +52,48 @@ def test_bf16(tmp_path: Path, reference: np.ndarray, n_shards: int) -> None:
 def test_names_with_model_in_front(tmp_path: Path, reference: np.ndarray) -> None:
     entries = {f"model.{name}": entry for name, entry in stored(weights()).items()}
     assert logits(open_model(str(write_folder(tmp_path, entries)))).tobytes() == reference.tobytes()
+
+
+def transformers_config() -> dict[str, Any]:
+    """CONFIG in the form that transformers' save_pretrained writes."""
+    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+    old = ("compress_ratios", "num_hash_layers", "qk_rope_head_dim")
+    tree = {key: value for key, value in CONFIG.items() if key not in old}
+    factor = CONFIG["qk_rope_head_dim"] / CONFIG["head_dim"]
+    rope = {"rope_type": "default", "partial_rotary_factor": factor}
+    return {
+        **tree,
+        "layer_types": [kinds[ratio] for ratio in CONFIG["compress_ratios"]],
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
+        "partial_rotary_factor": factor,
+        "rope_parameters": {"main": {**rope, "rope_theta": 1e4}, "compress": {**rope, "rope_theta": 1.6e5}},
+        "eos_token_id": [1, 2],
+    }
+
+
+def test_transformers_own_names_and_config(tmp_path: Path, reference: np.ndarray) -> None:
+    """The mapping of names is the one that transformers itself accepted when the golden vectors were made."""
+    assert from_hf(transformers_config()) == from_hf(CONFIG)
+    entries = stored(transformers_names(weights(), 4), "BF16")
+    assert (
+        "model.layers.1.mlp.experts.gate_up_proj" in entries and "model.layers.1.self_attn.q_a_proj.weight" in entries
+    )
+    folder = write_folder(tmp_path, entries, 2)
+    (folder / "config.json").write_text(json.dumps(transformers_config()))
+    assert logits(open_model(str(folder))).tobytes() == reference.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"layer_types": ["linear_attention"] * 4}, "unknown layer types linear_attention"),
+        ({"mlp_layer_types": ["moe", "hash_moe", "moe", "moe"]}, "hash layers that are not the first"),
+    ],
+)
+def test_what_transformers_could_say_and_this_engine_not_run(change: dict[str, Any], match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        from_hf({**transformers_config(), **change})
 
 
 def quantise_fp8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
