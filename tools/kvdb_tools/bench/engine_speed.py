@@ -1,8 +1,8 @@
 """Speed of one back end: `python -m kvdb_tools.bench.engine_speed MODEL BACKEND LENGTHS CONTEXTS`.
 
 In a process of its own, because which BLAS library MLX uses is decided when it is first imported. Prints one JSON
-object. LENGTHS are the prefills to time and CONTEXTS, which begin with 0, the states to decode at, both as 1,2,3. Long contexts
-are computed by numpy and handed over as a ds4 payload, so that a slow back end does not have to prefill them.
+object. LENGTHS are the prefills to time and CONTEXTS, which begin with 0, the states to decode at, both as 1,2,3. Long
+contexts are computed by numpy and handed over as a ds4 payload: a slow back end need not prefill them.
 """
 
 from __future__ import annotations
