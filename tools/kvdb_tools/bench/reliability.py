@@ -163,22 +163,16 @@ def make_result(tries: list[list[int]], cost: Cost) -> Result:
     n = len(steps)
     p = 1 - failed[1] / n
     low, high = wilson(n - failed[1], n)
-    columns = ["steps", "runs"]
-    for k in TRIES:
-        columns += [f"{_tries(k)} %", f"{k}: 95 %"]
-        columns += ["p^N %"] if k == 1 else [f"{k}: formula %", f"{k}: (1-q)^N %"]
-    result = Result("A task whose every step must be right", tuple(columns))
+    columns = ("steps", "tries a step", "runs", "succeed %", "95 %", "formula %", "(1-q)^N %")
+    result = Result("A task whose every step must be right", columns)
     lengths = [length for length in LENGTHS if length <= len(tries[0])]
     for length in lengths:
-        row: list[str | int | float | None] = [length, successes(tries, length, 1)[1]]
         for k in TRIES:
             good, runs = successes(tries, length, k)
             interval = wilson(good, runs)
-            row += [f"{100 * good / runs:.1f}", f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}"]
-            row.append(f"{100 * expected(p, length, k):.1f}")
-            if k > 1:
-                row.append(f"{100 * (1 - failed[k] / n) ** length:.1f}")
-        result.rows.append(row)
+            predicted = (expected(p, length, k), (1 - failed[k] / n) ** length)
+            row = [f"{100 * good / runs:.1f}", f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}"]
+            result.rows.append([length, k, runs, *row, *(f"{100 * one:.1f}" for one in predicted)])
     result.curves = _curves(tries, lengths, p, {k: failed[k] / n for k in TRIES})
     result.notes.append(
         f"p, one step right at the first try: {p:.3f} (95 %: {low:.3f} to {high:.3f}), {n - failed[1]} of {n} steps at"
@@ -190,7 +184,7 @@ def make_result(tries: list[list[int]], cost: Cost) -> Result:
         shares.append(f"{k}: {100 * failed[k] / n:.2f} ({100 * low:.2f} to {100 * high:.2f})")
     result.notes.append(f"q, % of steps that failed so many tries in a row: {', '.join(shares)}")
     result.notes.append(
-        "formula: (1-(1-p)^k)^N, which holds if all steps are equally hard; (1-q)^N counts the hard ones"
+        "formula: (1-(1-p)^k)^N, for one try p^N: right if all steps are equally hard; (1-q)^N counts the hard ones"
     )
     ratio = cost.prefill_ms / cost.restore_ms
     result.notes.append(
