@@ -59,7 +59,7 @@ async def finish(work: Awaitable[T], on_cancel: Callable[[], object] = lambda: N
 class _Request:
     """A request under way: where its events go."""
 
-    __slots__ = ("done", "future", "on_event", "op", "sid", "started", "total")
+    __slots__ = ("done", "error", "future", "on_event", "op", "sid", "started", "total")
 
     def __init__(
         self, op: str, sid: bytes | None, future: asyncio.Future[Message], on_event: EventHandler | None
@@ -70,6 +70,7 @@ class _Request:
         self.on_event = on_event
         self.started = time.monotonic()
         self.done = self.total = 0
+        self.error: Exception | None = None  # what the handler of events raised
 
 
 class EngineClient:
@@ -197,11 +198,15 @@ class EngineClient:
         if message["ev"] == "done":
             self.resident_bytes, self.stats = message["bytes"], message["stats"]
             del self._requests[message["id"]]
-            if not request.future.done():
+            if request.future.done():
+                return
+            if request.error is None:
                 request.future.set_result(message)
+            else:
+                request.future.set_exception(request.error)
         elif message["ev"] == "error":
             del self._requests[message["id"]]
-            error = _ERRORS.get(message["word"], KvdbError)(message["message"])
+            error = request.error or _ERRORS.get(message["word"], KvdbError)(message["message"])
             if not request.future.done():
                 request.future.set_exception(error)
         else:
@@ -209,8 +214,16 @@ class EngineClient:
                 request.done, request.total = message["done"], message["total"]
             else:
                 request.done += 1
-            if request.on_event:
+            if request.on_event is None:
+                return
+            try:
                 request.on_event(message)
+            except Exception as error:
+                # Its caller's fault alone: the worker and everyone else go on. The caller hears of it when the request
+                # has ended, as of any other end.
+                request.error, request.on_event = error, None
+                if request.op in CANCELLABLE:
+                    self._cancel(message["id"])
 
     def _down(self, reason: str) -> None:
         """The worker is gone: its states with it. Fail what waits; callers may retry."""

@@ -70,6 +70,16 @@ class Live:
     page_ids: list[bytes] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A request in the queue. sid: the session it works on, if it does."""
+
+    number: int
+    sid: bytes | None
+    task: Task
+    began: float
+
+
 class Worker:
     """Runs requests against one engine."""
 
@@ -78,7 +88,9 @@ class Worker:
         self.engine = engine
         self.sock = sock
         self.sessions: dict[bytes, Live] = {}
-        self.tasks: deque[tuple[int, Task, float]] = deque()
+        self.tasks: deque[Running] = deque()
+        self.n_bytes = 0  # of all live states
+        self._bytes_of: dict[bytes, int] = {}
         self.reader = FrameReader()
         self.buffers = Buffers()
 
@@ -112,44 +124,59 @@ class Worker:
             self.cancel(message["target"])
             return
         handler = getattr(self, f"op_{message['op']}", self.op_unknown)
-        self.tasks.append((message["id"], handler(message), time.perf_counter()))
+        self.tasks.append(Running(message["id"], message.get("sid"), handler(message), time.perf_counter()))
 
     def advance(self) -> None:
         """Run the request at the head of the queue for a slice of time: at least to its next border."""
-        request, task, began = self.tasks.popleft()
+        request = self.tasks.popleft()
         end = time.monotonic() + SLICE_S
         try:
-            next(task)
+            next(request.task)
             while time.monotonic() < end:
-                next(task)
+                next(request.task)
         except StopIteration as stop:
-            self.finish(request, stop.value, began)
+            self.finish(request, stop.value)
         except DaemonGoneError:
             raise
         except RequestError as error:
-            self.send({"id": request, "ev": "error", "word": error.word, "message": str(error)})
+            self.fail(request, error.word, str(error))
         except OSError as error:
             word = "NOSPACE" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "ERR"
-            self.send({"id": request, "ev": "error", "word": word, "message": f"engine worker: {error}"})
-        except Exception as error:  # a bug in one request must not take the other sessions down
-            text = f"engine worker: {type(error).__name__}: {error}"
-            self.send({"id": request, "ev": "error", "word": "ERR", "message": text})
+            self.fail(request, word, f"engine worker: {error}")
+        except Exception as error:  # a bug in one request must not take the other sessions down, nor memory it lacked
+            self.fail(request, "ERR", f"engine worker: {type(error).__name__}: {error}")
         else:
-            self.tasks.append((request, task, began))
+            self.tasks.append(request)
 
-    def finish(self, request: int, fields: Message, began: float) -> None:
+    def finish(self, request: Running, fields: Message) -> None:
         """Send the last event of a request."""
-        total = sum(live.state.nbytes for live in self.sessions.values())
-        ms = (time.perf_counter() - began) * 1e3
-        self.send({"id": request, "ev": "done", "bytes": total, "ms": ms, "stats": self.engine.stats(), **fields})
+        self.weigh(request.sid)
+        ms = (time.perf_counter() - request.began) * 1e3
+        stats = self.engine.stats()
+        self.send({"id": request.number, "ev": "done", "bytes": self.n_bytes, "ms": ms, "stats": stats, **fields})
+
+    def fail(self, request: Running, word: str, message: str) -> None:
+        """Send the error that ends a request; its session stands at its last complete token."""
+        self.weigh(request.sid)
+        self.send({"id": request.number, "ev": "error", "word": word, "message": message})
+
+    def weigh(self, sid: bytes | None) -> None:
+        """Take note of the memory of a session that a request has changed, made or dropped."""
+        if sid is None:
+            return
+        live = self.sessions.get(sid)
+        self.n_bytes -= self._bytes_of.pop(sid, 0)
+        if live is not None:
+            self._bytes_of[sid] = live.state.nbytes
+            self.n_bytes += self._bytes_of[sid]
 
     def cancel(self, target: int) -> None:
         """Close a queued or running request at the border where it stands."""
         for entry in self.tasks:
-            if entry[0] == target:
+            if entry.number == target:
                 self.tasks.remove(entry)
-                entry[1].close()
-                self.send({"id": target, "ev": "error", "word": "CANCELLED", "message": "cancelled at a chunk border"})
+                entry.task.close()
+                self.fail(entry, "CANCELLED", "cancelled at a chunk border")
                 return
 
     def send(self, message: Message) -> None:
@@ -246,7 +273,8 @@ class Worker:
     def op_write(self, message: Message) -> Task:
         """Pack the pages from `have` on and the tail; write what the store does not know yet.
 
-        `written` lists [type, id, offset, payload bytes, parent] of each record written. `pages` is the whole chain.
+        `written` lists [type, id, offset, payload bytes, parent] of each record written, `pages` the ids of the pages
+        from `have` on.
         """
         live = self.live(message)
         state, layout = live.state, self.info.layout
@@ -301,7 +329,7 @@ class Worker:
             "leaf": leaf,
             "end": at,
             "tokens": state.n_tokens,
-            "pages": live.page_ids[:n_pages],
+            "pages": live.page_ids[have:n_pages],
             "written": written,
         }
 

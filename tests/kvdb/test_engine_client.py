@@ -8,10 +8,12 @@ import resource
 import signal
 from collections.abc import AsyncIterator
 
+import numpy as np
 import pytest
 
 from kvdb.engine_client import EngineClient
 from kvdb.errors import BusyError, CancelledError, EngineDownError, KvdbError, NoEngineError
+from kvdb_protocol.frames import Message
 
 SPEC = "synthetic:dsv4-nano"
 S = b"s" * 16
@@ -134,3 +136,22 @@ async def test_a_worker_that_cannot_run_says_why_each_time() -> None:
         with pytest.raises(NoEngineError, match="no-such-model"):
             await client.start()
     assert client.process is None
+
+
+async def test_an_exception_in_a_handler_of_events_fails_its_call_alone(client: EngineClient) -> None:
+    """The worker goes on, and so does the session: at the last complete token when the request ended."""
+    await client.call("open", sid=S, source=None, places=None)
+    process = client.process
+
+    def broken(message: Message) -> None:
+        raise LookupError("of the caller's own making")
+
+    ids = np.arange(30_000, dtype="<u4") % 100
+    with pytest.raises(LookupError, match="own making"):
+        await client.call("extend", on_event=broken, sid=S, ids=ids.tobytes())
+    assert client.process is process and client.starts == 1 and not client.pending
+    assert S in (await client.call("status"))["resident"]
+    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1}
+    with pytest.raises(LookupError):
+        await client.call("generate", on_event=broken, sid=S, max_tokens=2, sampling=sampling, stop=[], stop_ids=[])
+    assert client.process is process
