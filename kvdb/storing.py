@@ -143,7 +143,7 @@ async def _store_once(
             tail_ids=session.ids[n_pages * layout.page_tokens :].tobytes(),
             reason=reason,
             created_ms=int(time.time() * 1e3),
-            written=_written(session, written, prefixes),
+            written=_written(session, written, prefixes, have),
             reservation=reservation,
             parent=session.base,
         )
@@ -157,10 +157,10 @@ async def _store_once(
     return done
 
 
-def _written(session: Session, done: Message, prefixes: list[bytes]) -> list[WrittenRecord]:
+def _written(session: Session, done: Message, prefixes: list[bytes], have: int) -> list[WrittenRecord]:
     """The worker's list of records, with what the index wants to know of each."""
     page_tokens = session.model.info.layout.page_tokens
-    number_of = {page_id: number for number, page_id in enumerate(done["pages"])}
+    number_of = {page_id: number for number, page_id in enumerate(done["pages"], have)}
     written = []
     for kind, record_id, offset, size, parent in done["written"]:
         if kind == RecordType.PAGE:
