@@ -9,24 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvdb_engine import backend
 from kvdb_engine.catalog import open_model
 from kvdb_engine.engine import Engine
 from kvdb_engine.errors import ModelError
 from kvdb_engine.fidelity import Vectors
-from kvdb_engine.weights import AffineCodes, AffineTensor, HostTensor, StackedTensor, regroup
+from kvdb_engine.weights import AffineTensor, HostTensor, StackedTensor, regroup
 from kvdb_engine.weights_gguf import GgufSource, _affine_q4_k
 from kvdb_engine.weights_safetensors import SafetensorsSource
-from tests.engine.checkpoints import Stored, stored, weights, write_folder
+from tests.engine.layouts import mlx_quantise as quantise
+from tests.engine.layouts import quantised_folder
 
 mx = pytest.importorskip("mlx.core")
 RNG = np.random.default_rng(11)
-
-
-def quantise(values: np.ndarray, bits: int, group_size: int) -> AffineCodes:
-    backend.select("mlx-cpu")
-    codes, scales, biases = mx.quantize(mx.array(values), group_size=group_size, bits=bits)
-    return AffineCodes(np.array(codes), np.array(scales), np.array(biases), group_size, bits)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -76,38 +70,6 @@ def test_q4_k_means_what_gguf_says() -> None:
     ours = _affine_q4_k(raw.reshape(-1), 512).dense()
     assert ours.shape == theirs.shape == (5, 512)
     assert np.abs(ours - theirs).max() < 1e-6 * np.abs(theirs).max()
-
-
-def quantised_folder(folder: Path, *, stack_experts: bool) -> tuple[Path, Path]:
-    """The same values as an MLX-quantised folder (4 bits, head 8) and as float32."""
-    entries: Stored = {}
-    meaning: dict[str, np.ndarray] = {}
-    tensors = weights(5)
-    if stack_experts:
-        for layer in range(4):
-            for part in ("w1", "w2", "w3"):
-                names = [f"layers.{layer}.ffn.experts.{e}.{part}.weight" for e in range(4)]
-                tensors[f"layers.{layer}.ffn.experts.{part}.weight"] = np.stack([tensors.pop(name) for name in names])
-    for name, values in tensors.items():
-        base = name.removesuffix(".weight")
-        if values.ndim >= 2 and any(part in name for part in (".attn.w", "experts", "head.w", "embed", "indexer.wq")):
-            codes = quantise(values, 8 if name.startswith("head") else 4, 32)
-            entries[name] = ("U32", codes.codes.shape, codes.codes.tobytes())
-            for part, data in (("scales", codes.scales), ("biases", codes.biases)):
-                entries[f"{base}.{part}"] = ("F32", data.shape, data.tobytes())
-            dense = codes.dense()
-        else:
-            entries |= stored({name: values})
-            dense = values
-        if stack_experts and ".ffn.experts." in name:
-            layer, part = name.split(".")[1], name.split(".")[4]
-            for expert in range(4):
-                meaning[f"layers.{layer}.ffn.experts.{expert}.{part}.weight"] = dense[expert]
-        else:
-            meaning[name] = dense
-    quantization = {"group_size": 32, "bits": 4, "head": {"group_size": 32, "bits": 8}}
-    packed = write_folder(folder / "q", entries, 2, quantization=quantization)
-    return packed, write_folder(folder / "f", stored(meaning))
 
 
 @pytest.mark.parametrize("stack_experts", [False, True])

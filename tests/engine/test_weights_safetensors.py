@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,9 @@ from kvdb_engine.catalog import ModelInfo, open_model
 from kvdb_engine.config import from_hf
 from kvdb_engine.engine import Engine
 from kvdb_engine.errors import ModelError
-from kvdb_engine.packing import E2M1, E4M3
 from kvdb_engine.weights_safetensors import SafetensorsSource, read_file
-from tests.engine.checkpoints import CONFIG, Stored, stored, weights, write_folder, write_safetensors
-
-MAKE = Path(__file__).parent.parent / "vectors" / "transformers" / "make.py"
-spec = importlib.util.spec_from_file_location("make", MAKE)
-assert spec and spec.loader
-make = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make)
-transformers_names = make.transformers_names
+from tests.engine.checkpoints import CONFIG, stored, weights, write_folder, write_safetensors
+from tests.engine.layouts import official, transformers_config, transformers_names
 
 PROMPT = np.random.default_rng(3).integers(0, 64, 300)
 
@@ -54,24 +46,6 @@ def test_names_with_model_in_front(tmp_path: Path, reference: np.ndarray) -> Non
     assert logits(open_model(str(write_folder(tmp_path, entries)))).tobytes() == reference.tobytes()
 
 
-def transformers_config() -> dict[str, Any]:
-    """CONFIG in the form that transformers' save_pretrained writes."""
-    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
-    old = ("compress_ratios", "num_hash_layers", "qk_rope_head_dim")
-    tree = {key: value for key, value in CONFIG.items() if key not in old}
-    factor = CONFIG["qk_rope_head_dim"] / CONFIG["head_dim"]
-    rope = {"rope_type": "default", "partial_rotary_factor": factor}
-    return {
-        **tree,
-        "layer_types": [kinds[ratio] for ratio in CONFIG["compress_ratios"]],
-        "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
-        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
-        "partial_rotary_factor": factor,
-        "rope_parameters": {"main": {**rope, "rope_theta": 1e4}, "compress": {**rope, "rope_theta": 1.6e5}},
-        "eos_token_id": [1, 2],
-    }
-
-
 def test_transformers_own_names_and_config(tmp_path: Path, reference: np.ndarray) -> None:
     """The mapping of names is the one that transformers itself accepted when the golden vectors were made."""
     assert from_hf(transformers_config()) == from_hf(CONFIG)
@@ -96,60 +70,8 @@ def test_what_transformers_could_say_and_this_engine_not_run(change: dict[str, A
         from_hf({**transformers_config(), **change})
 
 
-def quantise_fp8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(codes, E8M0 scale bytes, dequantised values) in blocks of 128 x 128."""
-    out, inner = values.shape
-    rows, columns = -(-out // 128), -(-inner // 128)
-    scale = np.empty((rows, columns), np.uint8)
-    codes = np.empty(values.shape, np.uint8)
-    back = np.empty_like(values)
-    grid = E4M3[:127]
-    for r in range(rows):
-        for c in range(columns):
-            at = np.s_[128 * r : 128 * r + 128, 128 * c : 128 * c + 128]
-            exponent = int(np.ceil(np.log2(np.abs(values[at]).max() / 448)))
-            scale[r, c] = exponent + 127
-            nearest = np.abs(np.abs(values[at])[..., None] / 2.0**exponent - grid).argmin(-1).astype(np.uint8)
-            codes[at] = nearest | np.where(values[at] < 0, 128, 0).astype(np.uint8)
-            back[at] = E4M3[codes[at]] * 2.0**exponent
-    return codes, scale, back
-
-
-def quantise_fp4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(packed codes, E8M0 scale bytes, dequantised values) with one scale per 32 inputs."""
-    out, inner = values.shape
-    blocks = values.reshape(out, inner // 32, 32)
-    exponents = np.ceil(np.log2(np.abs(blocks).max(-1) / 6)).astype(int)
-    scaled = np.abs(blocks) / 2.0 ** exponents[..., None]
-    codes = np.abs(scaled[..., None] - E2M1[:8]).argmin(-1) | np.where(blocks < 0, 8, 0)
-    back = (E2M1[codes] * 2.0 ** exponents[..., None]).astype(np.float32).reshape(out, inner)
-    codes = codes.reshape(out, inner).astype(np.uint8)
-    return codes[:, 0::2] | codes[:, 1::2] << 4, (exponents + 127).astype(np.uint8), back
-
-
-def official() -> tuple[Stored, dict[str, np.ndarray]]:
-    """The official layout: FP8 projections, FP4 routed experts, the rest bf16 or f32; and what it means in f32."""
-    entries: Stored = {}
-    meaning: dict[str, np.ndarray] = {}
-    for name, values in weights().items():
-        base = name.removesuffix(".weight")
-        if ".experts." in name:
-            codes, scale, back = quantise_fp4(values)
-            entries[name] = ("I8", codes.shape, codes.tobytes())
-        elif ".attn.w" in name or "shared_experts" in name or name.endswith("indexer.wq_b.weight"):
-            codes, scale, back = quantise_fp8(values)
-            entries[name] = ("F8_E4M3", codes.shape, codes.tobytes())
-        else:
-            entries |= stored({name: values}, "BF16" if "gate.weight" in name or "embed" in name else "F32")
-            meaning[name] = values
-            continue
-        entries[f"{base}.scale"] = ("F8_E8M0", scale.shape, scale.tobytes())
-        meaning[name] = back
-    return entries, meaning
-
-
 def test_official_fp8_and_fp4(tmp_path: Path) -> None:
-    entries, meaning = official()
+    entries, meaning = official(weights())
     info = open_model(str(write_folder(tmp_path / "q", entries, 2)))
     plain = open_model(str(write_folder(tmp_path / "f", stored(meaning))))
     assert logits(info).tobytes() == logits(plain).tobytes()
