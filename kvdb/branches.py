@@ -20,11 +20,17 @@ Reply = dict[str, Any]
 
 
 async def restore(sessions: Sessions, db: int, key: bytes, name: bytes, *, replace: bool) -> Reply:
-    """Put a session on a snapshot's state, checked byte by byte; loaded into the engine where there is one."""
+    """Put a session on a snapshot's state, checked byte by byte; loaded into the engine where there is one.
+
+    A live session that stands there already is left as it is: nothing is read.
+    """
     began = time.perf_counter()
     store = sessions.store
     snapshot_id = sessions.snapshot_value(db, key).id
     _check_target(sessions, db, name, replace)
+    if (there := _live_at(sessions, db, name, snapshot_id)) is not None:
+        sessions.adopt(db, name, there)  # as any RESTORE, it ends an expiry of the session's key
+        return {"tokens": there.n_tokens, "bytes_read": 0, "recomputed": 0, "ms": _ms(began)}
     with store.hold(snapshot_id) as record:
         model = sessions.model_of(record.fingerprint)
         uid = secrets.token_bytes(16)
@@ -33,18 +39,29 @@ async def restore(sessions: Sessions, db: int, key: bytes, name: bytes, *, repla
 
         async with session.lock:
             try:
-                await sessions.make_resident(session)  # the worker gives the token ids, which it has read anyway
+                await sessions.load(session)  # the worker gives the token ids, which it has read anyway
             except NoEngineError:
                 await store.check(store.plan(snapshot_id))
                 session.ids = ids_array(await store.token_ids(snapshot_id))
             _check_target(sessions, db, name, replace)
             sessions.adopt(db, name, session)
+        # Only now: the session that was replaced has no name any more and makes room without being stored.
+        await sessions.trim(model, keep=session)
     return {
         "tokens": session.n_tokens,
         "bytes_read": record.tail_bytes + record.chain_bytes,
         "recomputed": 0,
         "ms": _ms(began),
     }
+
+
+def _live_at(sessions: Sessions, db: int, name: bytes, snapshot_id: bytes) -> Session | None:
+    """The session under a key, if it is live, exactly this snapshot's state, and nobody works in it."""
+    value = sessions.entry(db, name)
+    session = sessions.open.get(value.uid) if value is not None else None
+    if session is None or session.lock.locked() or not session.is_resident:
+        return None
+    return session if session.is_clean and session.base == snapshot_id else None
 
 
 def _check_target(sessions: Sessions, db: int, name: bytes, replace: bool) -> None:
@@ -149,8 +166,8 @@ async def rewind_steps(sessions: Sessions, db: int, name: bytes, steps: int) -> 
     """Back `steps` snapshots: with tokens after the base the first step leads to the base, without to its parent."""
     began = time.perf_counter()
     async with sessions.use(db, name) as session:
-        lineage = sessions.store.lineage(session.base) if session.base is not None else []
         number = steps if session.is_clean else steps - 1
+        lineage = sessions.store.lineage(session.base, number + 1) if session.base is not None else []
         if number >= len(lineage):
             raise KvdbError(f"the session has fewer than {steps} stored snapshots behind it")
         target = lineage[number].id

@@ -38,6 +38,7 @@ SAMPLE_COUNT_MAX = 100_000
 PROGRESS_INTERVAL_S = 0.1
 LONG_PROMPT_BYTES = 16 << 10  # some 10 ms of tokenising
 STOP_BYTES_MAX = 1024
+LINEAGE_BATCH = 64  # ancestors looked up before other clients have their turn
 DRAWS_AT_ONCE = 16  # up to 17 ms each, where a whole vocabulary is sorted
 
 
@@ -461,7 +462,12 @@ async def lineage(client: Client, raw: list[bytes]) -> Reply:
         start = found.value.base
     else:
         start = server.sessions.snapshot_value(client.db, raw[0]).id
-    return [] if start is None else [snapshot_map(client, record) for record in server.store.lineage(start)]
+    shown: list[dict[str, Reply]] = []
+    while start is not None and (records := server.store.lineage(start, LINEAGE_BATCH)):
+        shown += [snapshot_map(client, record) for record in records]
+        start = records[-1].parent
+        await asyncio.sleep(0)
+    return shown
 
 
 @handler("SNAPINFO")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from kvdb.store.ballast import Ballast
 from kvdb.store.budget import INDEX_MARGIN, Budget
 from kvdb.store.care import Care
 from kvdb.store.committer import DISK_FULL, Committer
-from kvdb.store.entries import Entry, SessionValue
+from kvdb.store.entries import Entry, HeldString, LargeValue, SessionValue, StringRef, place_of
 from kvdb.store.entry_writes import rebase_session, write_entry
 from kvdb.store.errors import as_kvdb_error
 from kvdb.store.exchange import IncomingState, export_archive, write_state
@@ -37,6 +38,7 @@ from kvdb.store.index import Index, Table, Txn
 from kvdb.store.lock import Lock
 from kvdb.store.lookup import Match, longest_prefix
 from kvdb.store.read import Reader, RecordPlace, plan, tail_place
+from kvdb.store.receive import Receiver
 from kvdb.store.records import (
     CommittedSnapshot,
     ModelRecord,
@@ -49,13 +51,14 @@ from kvdb.store.rows import ModelRow, Reason, SnapshotRow, pack
 from kvdb.store.segments import Segments, live_extents
 from kvdb.store.snapshots import check_written, commit_snapshot, uncache_snapshot, usage
 from kvdb.store.stats import StoreStats, measure
-from kvdb.store.strings import read_string
+from kvdb.store.strings import StringReader, read_string
 from kvdb.store.uses import Uses, write_uses
 from kvdb.store.verify import Finding, verify
 from kvdb.store.work import Extent, Work
 from kvdb_protocol.archive import Archive
 from kvdb_protocol.ids import Buffer, root_prefix
 from kvdb_protocol.layout import Layout
+from kvdb_protocol.record import record_bytes
 from kvdb_protocol.tail import Tail
 
 log = logging.getLogger("kvdb.store")
@@ -83,7 +86,7 @@ class Store:
         self._committer = Committer(
             loop, index, files, self._segments, self._holds, self._ballast, lambda: self.keyspace.refresh()
         )
-        self.keyspace = Keyspace(index, self._committer, partial(read_string, self._segments, files))
+        self.keyspace = Keyspace(index, self._committer, self.hold_string)
         self._committer.attach(self.keyspace)
         self._uses = Uses()
         self.budget = Budget(
@@ -92,6 +95,7 @@ class Store:
         self._uses_timer = loop.call_later(USES_EVERY_S, self._write_uses)
         self._models: dict[int, bytes] = {}
         self._importing = asyncio.Lock()  # one writer, one reservation
+        self.receiver = Receiver(self._pool, self._segments, files, self.reserve)
         self._care = Care(loop, self._pool, index, files, self._segments, self._holds, self._committer)
         self._is_closed = False
         self.problems: list[str] = []  # what recovery found, in words
@@ -360,11 +364,11 @@ class Store:
             chain_bytes=page.chain_bytes if page else 0,
         )
 
-    def lineage(self, snapshot_id: bytes) -> list[SnapshotRecord]:
-        """The snapshot and its ancestors, nearest first, as far as they still exist."""
+    def lineage(self, snapshot_id: bytes, limit: int = sys.maxsize) -> list[SnapshotRecord]:
+        """The snapshot and its ancestors, nearest first, as far as they still exist; at most `limit` in all."""
         found: list[SnapshotRecord] = []
         with self._index.read() as txn:
-            while snapshot_id and (row := txn.snapshot(snapshot_id)) is not None:
+            while len(found) < limit and snapshot_id and (row := txn.snapshot(snapshot_id)) is not None:
                 found.append(self._record(txn, snapshot_id, row))
                 snapshot_id = row.parent
         return found
@@ -476,6 +480,40 @@ class Store:
     def _unhold(self, snapshot_id: bytes) -> None:
         if self._holds.release(snapshot_id) and not self._is_closed:
             self._committer.kick()
+
+    # Large strings
+
+    def hold_string(self, ref: StringRef) -> HeldString:
+        """Keep a committed string's record from being freed while the object lives."""
+        extent = Extent(ref.segment, ref.offset, record_bytes(ref.n_bytes))
+        pin = self._segments.pins.hold(extent)
+        string = HeldString(ref.n_bytes)
+        string.complete(ref, 0, True, lambda _: pin.release())
+        return string
+
+    def read_string(self, value: LargeValue, start: int = 0, stop: int | None = None) -> bytes:
+        """A large string's bytes from `start` to before `stop`. Raises CorruptError."""
+        return read_string(self._segments, self._files, value, start, stop)
+
+    async def open_string(self, value: LargeValue) -> StringReader:
+        """Begin to read a string that is held. Raises CorruptError."""
+        reader = StringReader(self._segments.folder, self._files, place_of(value))
+        try:
+            await self._loop.run_in_executor(self._pool, reader.open)
+        except BaseException:
+            reader.close()
+            raise
+        return reader
+
+    async def string_piece(self, reader: StringReader, number: int) -> bytes | bytearray:
+        """A piece of it, checked. Raises CorruptError."""
+        piece = reader.cached(number)
+        return piece if piece is not None else await self._loop.run_in_executor(self._pool, reader.piece, number)
+
+    def give_back_late(self) -> None:
+        """Free what had to wait for a reader that is done now."""
+        if self._segments.pins.are_late and not self._is_closed:
+            self._committer.in_thread(lambda: self._segments.tidy([], []))
 
     # Care
 

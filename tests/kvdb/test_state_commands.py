@@ -302,6 +302,18 @@ def test_lineage_and_snapdiff(call: Caller) -> None:
     assert diff["bytes_shared"] > 0 < diff["bytes_a"]  # type: ignore[operator]
 
 
+def test_a_long_lineage_is_shown_whole_and_walked_back(call: Caller) -> None:
+    prefill(call, "a", PROMPT[:10])
+    for step in range(70):
+        call("EXTEND", "a", "TOKENS", 1, 5)
+        call("SNAPSHOT", "a", f"step:{step}", "ASYNC")
+    call("WAITSNAP", "step:69")
+    assert [link["key"] for link in call.list("LINEAGE", "a")] == [b"step:%d" % n for n in range(69, -1, -1)]  # type: ignore[index,call-overload]
+    with pytest.raises(CommandError, match="fewer than 70 stored"):
+        call("REWIND", "a", "STEPS", 70)
+    assert call.map("REWIND", "a", "STEPS", 69)["tokens"] == 11
+
+
 def test_keys_of_other_types_are_refused(call: Caller) -> None:
     call("SET", "string", "x")
     prefill(call, "a", PROMPT[:10])

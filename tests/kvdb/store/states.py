@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from kvdb.store.entries import Entry, EntryType, SnapshotValue
+from kvdb.store.entries import Entry, EntryType, HeldString, SnapshotValue, StringRef
 from kvdb.store.records import CommittedSnapshot, ModelRecord, NewSnapshot, WrittenRecord
 from kvdb.store.rows import Reason
 from kvdb.store.store import Store
 from kvdb_protocol.ids import NO_PAGE, Buffer, content_id, extend_prefix, root_prefix
 from kvdb_protocol.layout import Layout, Section, make_layout
 from kvdb_protocol.page import Page, encode_page
-from kvdb_protocol.record import RecordType, encode_header, padding, record_bytes
+from kvdb_protocol.record import RecordType, padding, record_bytes
 from kvdb_protocol.sections import PackedSection
-from kvdb_protocol.tail import Tail, encode_tail, tail_header
+from kvdb_protocol.tail import Tail, encode_tail, state_header, tail_header
 
 LAYOUT = make_layout(
     vocab=64,
@@ -47,7 +47,7 @@ class Record:
 
     @property
     def data(self) -> bytes:
-        return encode_header(self.type, self.id, [self.payload]) + self.payload + padding(len(self.payload))
+        return state_header(self.type, self.id, [self.payload]) + self.payload + padding(len(self.payload))
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
@@ -171,3 +171,25 @@ def tokens(n: int, seed: int = 0) -> list[int]:
     """`n` token ids below the vocabulary; those of one seed are prefixes of each other."""
     data = blake3(b"tokens%d" % seed).digest(n)
     return [byte % LAYOUT.vocab for byte in data]
+
+
+def read_entry(store: Store, key: bytes, db: int = 0) -> Entry | None:
+    """What a key holds, a large string as its bytes."""
+    entry = store.keyspace.get(db, key)
+    if entry is not None and isinstance(entry.value, StringRef | HeldString):
+        return entry._replace(value=store.read_string(entry.value))
+    return entry
+
+
+async def receive(store: Store, value: bytes, piece_bytes: int = 70_000) -> HeldString:
+    """Bring a string into a segment as a client's upload does; it is not committed yet."""
+    held = HeldString(len(value))
+    incoming = await store.receiver.begin(len(value))
+    try:
+        for at in range(0, len(value), piece_bytes):
+            await incoming.write([value[at : at + piece_bytes]])
+        await incoming.finish(held)
+    except BaseException:
+        await incoming.abandon()
+        raise
+    return held

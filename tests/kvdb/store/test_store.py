@@ -10,8 +10,10 @@ import pytest
 
 from kvdb.errors import CorruptError, KvdbError, SnapshotGoneError, StalePagesError, WrongModelError
 from kvdb.store.entries import Entry, EntryType, SessionValue
+from kvdb.store.read import RecordPlace
 from kvdb.store.store import Store
-from kvdb_protocol.record import SEGMENT_HEADER_BYTES
+from kvdb_protocol.record import HEADER_BYTES, SEGMENT_HEADER_BYTES, encode_header
+from kvdb_protocol.tail import head_bytes
 from tests.kvdb.store.states import (
     FAMILY,
     FINGERPRINT,
@@ -73,6 +75,7 @@ async def test_a_step_writes_only_what_is_new(store: Store) -> None:
     assert second.bytes_shared == sum(len(page.data) for page in make_state(ids)[:9])
     assert store.children(first.id) == [second.id]
     assert [record.id for record in store.lineage(second.id)] == [second.id, first.id]
+    assert [record.id for record in store.lineage(second.id, 1)] == [second.id]
 
 
 async def test_the_same_state_is_stored_once(store: Store) -> None:
@@ -243,16 +246,38 @@ async def test_a_second_daemon_is_refused(store: Store, tmp_path: Path) -> None:
         Store.open(tmp_path, loop=asyncio.get_running_loop())
 
 
+def flip(place: RecordPlace, at: int) -> None:
+    with place.path.open("r+b") as file:
+        file.seek(place.offset + at)
+        byte = file.read(1)[0]
+        file.seek(place.offset + at)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+async def test_a_tails_head_is_read_alone(store: Store, monkeypatch: pytest.MonkeyPatch, has_head: bool) -> None:
+    if not has_head:  # as records were written before they had heads
+        monkeypatch.setattr("tests.kvdb.store.states.state_header", encode_header)
+    done = await put_snapshot(store, b"k", tokens(PAGE + 9))
+    place = store.plan(done.id)[-1]
+    before = await store.read_tail(done.id)
+    assert before.ids == pack_ids(tokens(PAGE + 9)[PAGE:])
+    flip(place, HEADER_BYTES + place.payload_bytes - 1)  # of the last row
+    with pytest.raises(CorruptError):
+        await store.check([place])
+    if has_head:
+        assert await store.read_tail(done.id) == before
+        flip(place, HEADER_BYTES + head_bytes([make_state(tokens(PAGE + 9))[-1].payload]) - 1)  # of the last logit
+    with pytest.raises(CorruptError, match=f"tail .* in {place.path.name} at {place.offset}.*checksum"):
+        await store.read_tail(done.id)
+
+
 @pytest.mark.parametrize("where", ["page", "tail"])
 async def test_a_flipped_byte_is_named_and_other_keys_serve(store: Store, where: str) -> None:
     bad = await put_snapshot(store, b"bad", tokens(2 * PAGE + 3))
     good = await put_snapshot(store, b"good", tokens(2 * PAGE + 3, seed=1))
     place = store.plan(bad.id)[0 if where == "page" else -1]
-    with place.path.open("r+b") as file:
-        file.seek(place.offset + 200)
-        byte = file.read(1)[0]
-        file.seek(place.offset + 200)
-        file.write(bytes([byte ^ 1]))
+    flip(place, 200)
     with pytest.raises(CorruptError, match=f"{where} .* in {place.path.name} at {place.offset}"):
         await store.check(store.plan(bad.id))
     with pytest.raises(CorruptError):
