@@ -208,10 +208,14 @@ class Sessions:
 
     async def make_resident(self, session: Session) -> int:
         """Load or rebuild the live state; returns how many tokens had to be computed again. The lock is held."""
-        await session.model.client.start()
-        n_computed = 0 if session.is_resident else await self._load(session)
-        await self._trim(session.model, keep=session)
+        n_computed = await self.load(session)
+        await self.trim(session.model, keep=session)
         return n_computed
+
+    async def load(self, session: Session) -> int:
+        """As `make_resident`, without making room: the caller calls `trim` when it has given up what it replaces."""
+        await session.model.client.start()
+        return 0 if session.is_resident else await self._load(session)
 
     async def _load(self, session: Session) -> int:
         client = session.model.client
@@ -233,7 +237,7 @@ class Sessions:
         session.generation = generation
         return len(missing)
 
-    async def _trim(self, model: Model, keep: Session) -> None:
+    async def trim(self, model: Model, keep: Session) -> None:
         """Drop least recently used states while the worker holds more than `cache_bytes`; dirty ones are stored."""
         while model.client.resident_bytes > self.cache_bytes:
             idle = [
@@ -243,7 +247,8 @@ class Sessions:
             ]
             if not idle:
                 return
-            oldest = min(idle, key=lambda session: session.used)
+            # What has no name any more goes first: nobody comes back to it, and it need not be stored.
+            oldest = min(idle, key=lambda session: (self.is_named(session), session.used))
             async with oldest.lock:
                 await self._store_dirty(oldest, Reason.EVICT)
                 oldest.generation = -1

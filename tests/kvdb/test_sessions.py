@@ -336,6 +336,47 @@ async def test_a_full_disk_does_not_keep_states_in_memory(sessions: Sessions, mo
     assert await logits(sessions, b"a") == await fresh_logits(sessions, prompt(300, 1))
 
 
+async def test_a_restore_to_where_the_session_stands_reads_nothing(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    await snapshot(sessions, b"s", b"k")
+    before = await sessions.get(DB, b"s")
+    place = sessions.keyspace.session_place(before.uid)
+    assert place is not None
+    sessions.keyspace.put(DB, b"s", place[2]._replace(expire_ms=1 << 50))
+    with pytest.raises(KvdbError, match="REPLACE"):
+        await branches.restore(sessions, DB, b"k", b"s", replace=False)
+    reply = await branches.restore(sessions, DB, b"k", b"s", replace=True)
+    assert (reply["tokens"], reply["bytes_read"], reply["recomputed"]) == (300, 0, 0)
+    assert await sessions.get(DB, b"s") is before
+    found = sessions.keyspace.get(DB, b"s")
+    assert found is not None and found.expire_ms == 0
+    # A token more, another key, or a state that is not live: read again.
+    assert (await branches.restore(sessions, DB, b"k", b"other", replace=True))["bytes_read"] > 0
+    await timelines.extend(sessions, DB, b"s", array("I", [5]))
+    assert (await branches.restore(sessions, DB, b"k", b"s", replace=True))["bytes_read"] > 0
+    await sessions.model().client.stop()
+    assert (await branches.restore(sessions, DB, b"k", b"s", replace=True))["bytes_read"] > 0
+    assert await logits(sessions, b"s") == await fresh_logits(sessions, prompt(300))
+
+
+async def test_a_session_that_a_restore_replaces_is_not_stored(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the cache has room for one state only, what is given up anyway costs no write."""
+    await prefill(sessions, b"s", prompt(300))
+    await snapshot(sessions, b"s", b"k")
+    await timelines.extend(sessions, DB, b"s", array("I", [5]))
+    sessions.cache_bytes = 1
+
+    async def store(*_: object) -> None:
+        raise AssertionError("it is written")
+
+    monkeypatch.setattr(sessions, "_store_state", store)
+    await branches.restore(sessions, DB, b"k", b"s", replace=True)
+    assert await resident(sessions) == {(await sessions.get(DB, b"s")).uid}
+    assert await logits(sessions, b"s") == await fresh_logits(sessions, prompt(300))
+
+
 async def test_branches_that_are_live_count_against_the_cache(sessions: Sessions) -> None:
     await prefill(sessions, b"s", prompt(300))
     n_bytes = sessions.model().client.resident_bytes
