@@ -21,7 +21,7 @@ def run(settings: Settings) -> Result:
     tokenizer = open_model(settings.model).tokenizer
     result = Result(f"{n_sessions} sessions of {n_tokens:,} tokens, round-robin", ("what", "p50 ms", "p99 ms"))
     daemon = Daemon(settings.scratch / "kvdb", {"model": settings.model, "engine-cache-bytes": str(CACHE_BYTES)})
-    prefill, restore, first = [], [], []
+    prefill, restore, inside, first = [], [], [], []
     with daemon, kvdb.Client("127.0.0.1", daemon.port) as client:
         for number in range(n_sessions):
             text = "".join(_TEXT.format(n=number, page=page) for page in range(n_tokens // 16))
@@ -34,14 +34,23 @@ def run(settings: Settings) -> Result:
                 began = time.perf_counter()
                 done = client.restore(f"project:{number}", "work", replace=True)
                 restore.append((time.perf_counter() - began) * 1e3)
+                inside.append(done.ms)
                 client.generate("work", 1, seed=turn)
                 first.append((time.perf_counter() - began) * 1e3)
                 if done.recomputed:
                     raise RuntimeError("a switch computed tokens again")
-    for name, times in (("switch (RESTORE)", restore), ("switch and first token", first), ("prefill", prefill)):
+    measured = {
+        "switch (RESTORE)": restore,
+        "in the daemon": inside,
+        "switch and first token": first,
+        "prefill": prefill,
+    }
+    for name, times in measured.items():
         result.rows.append([name, flash.percentile(times, 0.5), flash.percentile(times, 0.99)])
-    ratio = flash.percentile(prefill, 0.5) / flash.percentile(restore, 0.5)
-    result.notes.append(f"prefilling the context takes {ratio:,.0f} times as long as switching to it")
+    typical = flash.percentile(prefill, 0.5) / flash.percentile(restore, 0.5)
+    slowest = flash.percentile(prefill, 0.5) / flash.percentile(restore, 0.99)
+    claim = f"prefilling takes longer than the slowest 1 % of switches ({slowest:,.0f} times; {typical:,.0f} times p50)"
+    result.claims.append((claim, slowest > 1))
     result.bars = Bars(
         "ms", ["p50", "p99"], {str(row[0]): [float(row[1] or 0), float(row[2] or 0)] for row in result.rows}
     )
