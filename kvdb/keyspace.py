@@ -11,6 +11,7 @@ Small entries that were read or committed lately are kept decoded in `_clean`: i
 from __future__ import annotations
 
 import heapq
+import logging
 import random
 import time
 from bisect import bisect_left
@@ -27,6 +28,7 @@ from kvdb.store.entries import (
     LARGE_STRING_BYTES,
     Entry,
     EntryType,
+    HeldString,
     SessionValue,
     SnapshotValue,
     StringRef,
@@ -48,6 +50,8 @@ from kvdb.store.entry_writes import (
 from kvdb.store.index import Index, Table, Txn, from_u64, u16, u64
 from kvdb.store.strings import LargeString, Refs
 from kvdb.store.work import Work, size_name
+
+log = logging.getLogger("kvdb")
 
 Type = EntryType  # callers say keyspace.Type.SESSION
 _SESSION = EntryType.SESSION
@@ -86,12 +90,13 @@ class _Layer:
 
     @property
     def large(self) -> list[LargeString]:
-        """Strings that become records of their own (committer.Frozen)."""
+        """Strings that are, or become, records of their own (committer.Frozen)."""
         return [
-            (db, key, entry.value)
+            (db, key, value)
             for db, entries in enumerate(self.maps)
             for key, entry in entries.items()
-            if entry is not None and type(entry.value) is bytes and len(entry.value) >= LARGE_STRING_BYTES
+            if entry is not None
+            and ((type(value := entry[2]) is bytes and len(value) >= LARGE_STRING_BYTES) or type(value) is HeldString)
         ]
 
     def apply(self, txn: Txn, work: Work, refs: Refs) -> None:
@@ -100,7 +105,10 @@ class _Layer:
             clear_database(txn, work, db)
         for db, entries in enumerate(self.maps):
             for key, entry in entries.items():
-                if entry is not None and (ref := refs.get((db, key))) is not None:
+                if refs and entry is not None and (db, key) in refs:
+                    if (ref := refs[db, key]) is None:
+                        log.error("key %r of database %d keeps its old value: the new one could not be synced", key, db)
+                        continue
                     entry = entry._replace(value=ref)
                 write_entry(txn, work, db, key, entry)
         for uid, changes in self.journal.items():
@@ -133,13 +141,13 @@ class Keyspace:
         self,
         index: Index,
         committer: Committer,
-        read_string: Callable[[StringRef], bytes],
+        hold: Callable[[StringRef], HeldString],
         clock: Callable[[], int] = _clock_ms,
     ) -> None:
-        """read_string: reads a large string from its segment, checked."""
+        """hold: keeps a large string's record from being freed while the object lives."""
         self._index = index
         self._committer = committer
-        self._read_string = read_string
+        self._hold = hold
         self._clock = clock
         self._reader = index.begin()
         self._active = _Layer()
@@ -159,7 +167,7 @@ class Keyspace:
     def get(self, db: int, key: bytes) -> Entry | None:
         """What a key holds, or None. A key whose time has come is deleted on the way.
 
-        Raises CorruptError for a large string whose record is damaged.
+        A large string is not read: its value says where it lies, which is so until the caller awaits; see `held`.
         """
         entry: Entry | None = self._maps[db].get(key, _MISSING)
         if entry is _MISSING:
@@ -169,10 +177,12 @@ class Keyspace:
         if entry[1] and entry[1] <= self._clock():
             self._expire(db, key)
             return None
-        if type(entry[2]) is StringRef:
-            # Read at once: what a later round frees is punched only after this thread has seen that round.
-            return entry._replace(value=self._read_string(entry[2]))
         return entry
+
+    def held(self, entry: Entry) -> Entry:
+        """The same entry, good for longer: a large string's record is not freed while the entry lives."""
+        # What a round frees is punched only after this thread has seen that round: so the record is still there.
+        return entry._replace(value=self._hold(entry.value)) if type(entry.value) is StringRef else entry
 
     def peek(self, db: int, key: bytes) -> Entry | None:
         """What a key holds if that is in memory, whole and known not to be changed by a lower layer; else None.
@@ -185,7 +195,7 @@ class Keyspace:
         return entry if entry is None or type(entry[2]) is not StringRef else None
 
     def exists(self, db: int, key: bytes) -> bool:
-        """Whether a key holds something. Reads no large string, so damaged ones can be listed and deleted."""
+        """Whether a key holds something."""
         entry: Entry | None = self._maps[db].get(key, _MISSING)
         if entry is _MISSING:
             entry = self._fetch(db, key)
@@ -222,7 +232,8 @@ class Keyspace:
         clean = self._clean[db]
         # A reference to a large string is never kept: it must be as new as the index.
         if entry is not None and (
-            type(entry.value) is StringRef or (type(entry.value) is bytes and len(entry.value) > _CLEAN_BYTES)
+            type(entry.value) in (StringRef, HeldString)
+            or (type(entry.value) is bytes and len(entry.value) > _CLEAN_BYTES)
         ):
             clean.pop(key, None)
             return
@@ -261,7 +272,7 @@ class Keyspace:
     # Changing
 
     def put(self, db: int, key: bytes, entry: Entry) -> None:
-        """Set a key."""
+        """Set a key. An entry with a large string comes from `held`, or with a string that was just received."""
         self._maps[db][key] = entry
         if entry[1]:
             heapq.heappush(self._active.due, (entry[1], db, key))
@@ -280,7 +291,7 @@ class Keyspace:
         entry = self.get(db, key)
         if entry is None:
             return False
-        self.put(db, key, entry._replace(expire_ms=ms or 0))
+        self.put(db, key, self.held(entry)._replace(expire_ms=ms or 0))
         return True
 
     def rename(self, db: int, source: bytes, target: bytes) -> bool:
@@ -289,6 +300,7 @@ class Keyspace:
         if entry is None:
             return False
         if source != target:
+            entry = self.held(entry)
             self._maps[db][source] = None
             self.put(db, target, entry)
         return True

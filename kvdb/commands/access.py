@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvdb.errors import WrongTypeError
-from kvdb.store.entries import Entry, EntryType
+from kvdb.store.entries import Entry, EntryType, HeldString, LargeValue, StringRef, place_of
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 _STRING = EntryType.STRING
 
 
-def read_string(client: Client, key: bytes) -> bytes | None:
-    """A string's value, or None. Counts a hit or a miss. Raises WrongTypeError."""
+def find_string(client: Client, key: bytes) -> bytes | LargeValue | None:
+    """A string's value, or None; a large one is not read. Counts a hit or a miss. Raises WrongTypeError."""
     server = client.server
     entry = server.keyspace.get(client.db, key)
     if entry is None:
@@ -28,11 +28,18 @@ def read_string(client: Client, key: bytes) -> bytes | None:
     return entry.value  # type: ignore[return-value]
 
 
+def string_length(value: bytes | LargeValue) -> int:
+    """How many bytes a string has."""
+    return len(value) if isinstance(value, bytes) else place_of(value).n_bytes
+
+
 def string_entry(client: Client, key: bytes) -> Entry | None:
-    """A string's entry for a write command, or None. Raises WrongTypeError."""
+    """A string's entry for a write command, or None; a large string is read. Raises WrongTypeError."""
     entry = client.server.keyspace.get(client.db, key)
     if entry is not None and entry.type != _STRING:
         raise WrongTypeError
+    if entry is not None and isinstance(entry.value, StringRef | HeldString):
+        return entry._replace(value=client.server.store.read_string(entry.value))
     return entry
 
 

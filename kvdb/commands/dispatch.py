@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvdb.commands.registry import Bound
 from kvdb.errors import KvdbError, NoAuthError
+from kvdb.net.bulk import Refusal
 from kvdb_protocol.resp import QUEUED, Request, encode_error
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ _UNQUEUED_COMMANDS = frozenset({"EXEC", "DISCARD", "MULTI", "WATCH", "QUIT", "RE
 
 def prepare(client: Client, request: Request) -> tuple[Bound | None, bytes]:
     """The command to run now, or None and the reply to send instead."""
-    if request[0].upper() in _HTTP_WORDS:
+    if type(request[0]) is bytes and request[0].upper() in _HTTP_WORDS:
         # A web page can make a browser send this to a local port: the lines behind it would be run as commands.
         log.warning("client %s speaks HTTP: possibly a cross-protocol attack; closed", client.peer)
         client.close_after_reply()
         return None, b""
     try:
+        if isinstance(request[0], Refusal):
+            raise request[0].error
         bound = find(client.server.commands, request)
         if not bound.min_args <= len(request) <= bound.max_args:
             bound.rejected_calls += 1
@@ -49,6 +52,8 @@ def prepare(client: Client, request: Request) -> tuple[Bound | None, bytes]:
 
 def is_held(client: Client, request: Request) -> bool:
     """Whether CLIENT PAUSE holds a request."""
+    if isinstance(request[0], Refusal):
+        return False
     try:
         return client.server.holds(find(client.server.commands, request))
     except KvdbError:

@@ -164,7 +164,7 @@ def copy(client: Client, args: list[bytes]) -> Reply:
     refuse_session(entry)
     if isinstance(entry.value, Fields | Members):
         entry = entry._replace(value=entry.value.duplicate())
-    keyspace.put(db, target, entry)
+    keyspace.put(db, target, keyspace.held(entry))
     client.server.changed(db, target, "copy_to", "g")
     return 1
 
@@ -180,7 +180,7 @@ def move(client: Client, args: list[bytes]) -> Reply:
     entry = keyspace.get(client.db, key)
     if entry is None or keyspace.get(db, key) is not None:
         return 0
-    keyspace.put(db, key, entry)
+    keyspace.put(db, key, keyspace.held(entry))
     keyspace.delete(client.db, key)
     client.server.changed(client.db, key, "move_from", "g")
     client.server.changed(db, key, "move_to", "g")

@@ -12,6 +12,7 @@ from kvdb.commands.registry import handler
 from kvdb.containers import Fields, Members
 from kvdb.errors import KvdbError
 from kvdb.net.metrics import rss_bytes
+from kvdb.store.entries import HeldString, StringRef, place_of
 from kvdb_protocol.resp import OK, Reply, Verbatim
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def encoding(client: Client, entry: Entry) -> str:
         longest = max((len(member) for member in value.scores), default=0)
         small = len(value) <= config.number("zset-max-listpack-entries")
         return "listpack" if small and longest <= config.number("zset-max-listpack-value") else "skiplist"
+    if isinstance(value, StringRef | HeldString):
+        return "raw"
     return entry.type.name.lower()
 
 
@@ -50,6 +53,8 @@ def value_bytes(entry: Entry, samples: int) -> int:
     value = entry.value
     if isinstance(value, bytes):
         return sys.getsizeof(value)
+    if isinstance(value, StringRef | HeldString):
+        return sys.getsizeof(b"") + place_of(value).n_bytes
     members = list(value.items()) if isinstance(value, Fields) else None
     if isinstance(value, Members):
         members = list(value.scores.items())  # type: ignore[arg-type]

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvdb.commands.access import changed, delete, read_string, string_entry, write_string
+from kvdb.commands.access import changed, delete, find_string, string_entry, string_length, write_string
 from kvdb.commands.parse import SYNTAX, expiry_ms, is_expiry_option, now_ms, parse_int
 from kvdb.commands.registry import batch_handler, handler
 from kvdb.errors import KvdbError, WrongTypeError
+from kvdb.net import bulk
 from kvdb.store.entries import Entry, EntryType, Value
 from kvdb_protocol.resp import BULK_HEADERS, OK, SHORT_BYTES, Reply, Request
 
@@ -26,7 +27,7 @@ def get(client: Client, args: list[bytes]) -> Reply:
     """The value, or null."""
     entry = client.server.keyspace.get(client.db, args[0])
     if entry is None or entry[0] is not _STRING:
-        return read_string(client, args[0])
+        return find_string(client, args[0])  # type: ignore[return-value]  # counts, or raises
     client.server.statistics.keyspace_hits += 1
     return entry[2]  # type: ignore[return-value]
 
@@ -130,18 +131,18 @@ def _set_expiring(client: Client, args: list[bytes], option: bytes, command: str
 @handler("GETSET")
 def getset(client: Client, args: list[bytes]) -> Reply:
     """The old value; the expiry is dropped."""
-    old = read_string(client, args[0])
+    old = find_string(client, args[0])
     write_string(client, args[0], args[1], 0)
-    return old
+    return old  # type: ignore[return-value]
 
 
 @handler("GETDEL")
 def getdel(client: Client, args: list[bytes]) -> Reply:
     """The value; the key is deleted."""
-    old = read_string(client, args[0])
+    old = find_string(client, args[0])
     if old is not None:
         delete(client, args[0])
-    return old
+    return old  # type: ignore[return-value]
 
 
 @handler("GETEX")
@@ -157,7 +158,7 @@ def getex(client: Client, args: list[bytes]) -> Reply:
             moment = -1
         else:
             raise KvdbError(SYNTAX)
-    value = read_string(client, key)
+    value: Reply = find_string(client, key)  # type: ignore[assignment]
     if value is None:
         return None
     if moment == -1:
@@ -180,13 +181,13 @@ def getex(client: Client, args: list[bytes]) -> Reply:
 @handler("MGET")
 def mget(client: Client, args: list[bytes]) -> Reply:
     """The values; null for keys that are missing or no strings."""
-    found: list[Reply] = []
+    found: list[object] = []
     for key in args:
         try:
-            found.append(read_string(client, key))
+            found.append(find_string(client, key))
         except WrongTypeError:
             found.append(None)
-    return found
+    return bulk.encode_array(client, found)  # type: ignore[return-value]
 
 
 @handler("MSET")
@@ -223,22 +224,25 @@ def append(client: Client, args: list[bytes]) -> Reply:
 @handler("STRLEN")
 def strlen(client: Client, args: list[bytes]) -> Reply:
     """The length in bytes, 0 for a missing key."""
-    return len(read_string(client, args[0]) or b"")
+    value = find_string(client, args[0])
+    return 0 if value is None else string_length(value)
 
 
 @handler("GETRANGE", "SUBSTR")
 def getrange(client: Client, args: list[bytes]) -> Reply:
     """Bytes from start to end, both inclusive; negative numbers count from the end."""
     start, end = parse_int(args[1]), parse_int(args[2])
-    value = read_string(client, args[0])
+    value = find_string(client, args[0])
     if not value:
         return b""
     if start < 0 and end < 0 and start > end:
         return b""
-    size = len(value)
+    size = string_length(value)
     start = max(start + size, 0) if start < 0 else start
     end = max(end + size, 0) if end < 0 else end
-    return value[start : min(end, size - 1) + 1]
+    if isinstance(value, bytes):
+        return value[start : min(end, size - 1) + 1]
+    return client.server.store.read_string(value, start, end + 1)
 
 
 @handler("SETRANGE")

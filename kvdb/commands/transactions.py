@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from kvdb.commands import dispatch
 from kvdb.commands.registry import Bound, handler
 from kvdb.errors import ExecAbortError, KvdbError
-from kvdb_protocol.resp import NIL_ARRAY, OK, Encoded, Reply, Request, encode
+from kvdb.net import bulk
+from kvdb.store.entries import HeldString
+from kvdb_protocol.resp import NIL_ARRAY, OK, Reply, Request
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client
@@ -69,7 +71,7 @@ def exec_(client: Client, args: list[bytes]) -> Reply:
         raise ExecAbortError("Transaction discarded because of previous errors.")
     if is_stale:
         return NIL_ARRAY
-    replies = [b"*%d\r\n" % len(transaction.queued)]
+    replies: list[bytes | HeldString] = [b"*%d\r\n" % len(transaction.queued)]
     for bound, request in transaction.queued:
         began = time.perf_counter()
         try:
@@ -77,12 +79,12 @@ def exec_(client: Client, args: list[bytes]) -> Reply:
                 client.server.acl.check(client, bound, request)
             client.server.observe(client, bound, request)
             reply = bound.fn(client, request[bound.n_names :])  # type: ignore[misc]
-            replies.append(encode(reply, client.resp))  # type: ignore[arg-type]
+            replies += bulk.encode_parts(client, reply)
         except Exception as error:
             replies.append(dispatch.error_reply(client, bound, error))
         bound.calls += 1
         bound.seconds += time.perf_counter() - began
-    return Encoded(b"".join(replies))
+    return bulk.join(replies)  # type: ignore[return-value]
 
 
 @handler("WATCH")

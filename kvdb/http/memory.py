@@ -25,7 +25,7 @@ from array import array
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import msgpack
@@ -36,7 +36,7 @@ from kvdb.errors import KvdbError, SnapshotGoneError
 from kvdb.http.ask import Ask, Message
 from kvdb.session import Model, ids_array
 from kvdb.sessions import Sessions
-from kvdb.store.entries import Entry, EntryType, SnapshotValue
+from kvdb.store.entries import Entry, EntryType, HeldString, SnapshotValue, StringRef
 from kvdb.store.rows import Reason
 from kvdb_engine.chat import SampledBlock, Thinking
 
@@ -236,9 +236,12 @@ class Memory:
 
     def _get(self, key: str) -> Any:
         entry = self.keyspace.get(DB, key.encode())
-        if entry is None or not isinstance(entry.value, bytes | bytearray | memoryview):
+        if entry is None or entry.type is not EntryType.STRING:
             return None
-        return msgpack.unpackb(bytes(entry.value))
+        value = entry.value
+        if isinstance(value, StringRef | HeldString):
+            value = self.sessions.store.read_string(value)
+        return msgpack.unpackb(cast(bytes, value))
 
     def keep_block(self, call_ids: Sequence[str], block: str) -> None:
         """Remember the block that issued these calls."""

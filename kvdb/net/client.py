@@ -17,6 +17,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from kvdb.commands import dispatch
+from kvdb.net import bulk
+from kvdb.store.entries import HeldString, StringRef
 from kvdb_protocol.resp import (
     BULK_HEADERS,
     SHORT_BYTES,
@@ -78,6 +80,14 @@ class Client(asyncio.Protocol):
         self._closing = False
         self._close_wanted = False
         self._stopped = False
+        # Large strings: see bulk.py
+        self.receipts: set[bulk.Receipt] = set()
+        self.unwritten = 0  # arguments of waiting requests that were received and are not written yet
+        self._is_receiving_paused = False
+        self._has_strings = False  # among the replies that wait in `_out`
+        self._is_sending = False
+        self._drained: asyncio.Future[None] | None = None
+        self.parser.take_bulk = partial(bulk.take, self)
 
     def set_defaults(self) -> None:
         """The state of a new connection, and of one after RESET; subscriptions and watched keys are left alone."""
@@ -125,6 +135,9 @@ class Client(asyncio.Protocol):
         """The client is gone: its work is cancelled and its requests are forgotten."""
         self.cancelled = self._closing = self._stopped = True
         self._waiting = []
+        self.parser.take_bulk = None
+        for receipt in self.receipts:
+            receipt.give_up()
         if self.task is not None:
             self.task.cancel()
         self.server.forget(self)
@@ -136,7 +149,9 @@ class Client(asyncio.Protocol):
     def resume_writing(self) -> None:
         """The client has read its replies."""
         self._write_paused = False
-        self._update_stop()
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        self.update_stop()
         if not self._running and not self._stopped:
             self._process()
 
@@ -227,6 +242,12 @@ class Client(asyncio.Protocol):
                     encoded = reply.data
                 elif kind is int:
                     encoded = b":%d\r\n" % reply
+                elif kind is StringRef or kind is HeldString:
+                    encoded = bulk.encode_string(self, reply)  # type: ignore[assignment]
+                    self._has_strings |= type(encoded) is not bytes
+                elif kind is bulk.Pieces:
+                    encoded = reply
+                    self._has_strings = True
                 elif inspect.isawaitable(reply):
                     task = self._run_task(self._finish(bound, request, reply, began))
                     if inspect.iscoroutine(reply):
@@ -264,17 +285,20 @@ class Client(asyncio.Protocol):
 
     def _run_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self.task = self.server.loop.create_task(work)
-        self._update_stop()
+        self.update_stop()
         return task
 
     def _task_done(self) -> None:
         self.task = None
-        self._update_stop()
+        self.update_stop()
         self._process()
 
-    def _update_stop(self) -> None:
-        """No request may be started while one is a task, replies wait to be read, or the connection closes."""
-        self._stopped = self.task is not None or self._write_paused or self._closing or self._close_wanted
+    def update_stop(self) -> None:
+        """No request may be started while one is a task or waits for its argument to be written, replies wait to be
+        read, or the connection closes."""
+        self._stopped = (
+            self.task is not None or self._write_paused or self.unwritten > 0 or self._closing or self._close_wanted
+        )
 
     def go_on(self) -> None:
         """Try again after CLIENT PAUSE."""
@@ -296,16 +320,35 @@ class Client(asyncio.Protocol):
             self.add_reply(encode_error(f"ERR Protocol error: {self.parser.error}"))
             self.close()
         self._waiting_bytes = 0
-        if self._read_paused and not self._closing:
+        if self._read_paused and not self._is_receiving_paused and not self._closing:
             self._read_paused = False
             self.transport.resume_reading()
+
+    def pause_receiving(self) -> None:
+        """A large argument comes faster than it is written."""
+        self._is_receiving_paused = True
+        if not self._read_paused and self.transport is not None:
+            self._read_paused = True
+            self.transport.pause_reading()
+
+    def resume_receiving(self) -> None:
+        """What was received of a large argument is on its way to the disk."""
+        if self._is_receiving_paused:
+            self._is_receiving_paused = False
+            if self.task is None and not self._running:
+                self._settle()
+
+    def received(self) -> None:
+        """A large argument is written: its request may run."""
+        self.unwritten -= 1
+        self.update_stop()
+        if not self._stopped and not self._running:
+            self._process()
 
     async def _finish(self, bound: Bound, request: Request, work: Awaitable[Reply], began: float) -> None:
         """Run a handler's coroutine, reply, and go on with the waiting requests."""
         try:
-            if self._pending_writes:
-                await self._make_durable()
-            self.send_now()
+            await self._send_all()
             self.last_bound = bound
             try:
                 result = await work
@@ -330,16 +373,48 @@ class Client(asyncio.Protocol):
 
     async def _hold(self) -> None:
         """Send the replies of a batch once its writes are durable, then go on."""
-        await self._make_durable()
-        self.send_now()
+        await self._send_all()
         self._task_done()
+
+    async def _send_all(self) -> None:
+        """Send what is gathered: when it is durable, and large strings as fast as the client reads them."""
+        if self._pending_writes:
+            await self._make_durable()
+        if not self._has_strings:
+            self.send_now()
+            return
+        out: list[bytes | bulk.Pieces] = [*self._out]
+        self._out.clear()
+        self._has_strings = False
+        self._is_sending = True
+        try:
+            for part in out:
+                if isinstance(part, bulk.Pieces):
+                    await bulk.send(self, part)
+                else:
+                    self.write(part)
+        finally:
+            self._is_sending = False
+
+    def write(self, data: bytes | bytearray) -> None:
+        """Hand encoded bytes to the transport, ahead of what is gathered: from within `_send_all`."""
+        self.output_bytes += len(data)
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
+
+    async def drained(self) -> None:
+        """Wait until the client has read enough for more to be written."""
+        if self._write_paused:
+            self._drained = self.server.loop.create_future()
+            await self._drained
 
     async def _make_durable(self) -> None:
         try:
             await self.server.keyspace.flush()
         except Exception as error:
             for place in self._pending_writes:
-                if not self._out[place].startswith(b"-"):
+                reply = self._out[place]
+                if not isinstance(reply, bytes) or not reply.startswith(b"-"):
                     self._out[place] = dispatch.error_reply(self, None, error)
         self._pending_writes = []
 
@@ -366,7 +441,7 @@ class Client(asyncio.Protocol):
 
     def flush(self) -> None:
         """Send what is ready; under `appendfsync always`, when it is durable."""
-        if not self._pending_writes:
+        if not self._pending_writes and not self._has_strings:
             self.send_now()
         elif self.task is None:
             self._run_task(self._hold())
@@ -395,7 +470,7 @@ class Client(asyncio.Protocol):
         if self._closing:
             return
         self.add_reply(data)
-        if not self._running and not self._pending_writes:
+        if not (self._running or self._pending_writes or self._has_strings or self._is_sending):
             self.send_now()
             self.server.check_output(self)
 
@@ -419,7 +494,7 @@ class Client(asyncio.Protocol):
         """Close after what is gathered has been sent. Replies to writes that are not durable are never sent."""
         if self._closing or self.transport is None:
             return
-        if self._pending_writes:
+        if self._pending_writes or self._has_strings:
             self.abort()
             return
         self._closing = self._stopped = True

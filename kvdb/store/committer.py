@@ -2,7 +2,7 @@
 
 One round is in flight at a time. It takes the keyspace overlay and every item submitted so far, and does
 
-    1. large strings become records; datasync of the
+    1. large strings become records, or are records already; datasync of the
        segments that items wrote to                     a failure fails the items of that segment
     2. one transaction that runs every item             an item that raises is undone alone (child transaction)
     3. commit, synced                                    a failure fails every item; the overlay stays in memory.
@@ -31,7 +31,7 @@ from kvdb.store.holds import Holds, sweep
 from kvdb.store.index import Index, Txn
 from kvdb.store.segments import Segments
 from kvdb.store.strings import WRITER as STRINGS
-from kvdb.store.strings import LargeString, Refs, write_strings
+from kvdb.store.strings import LargeString, Refs, Stored, store_strings
 from kvdb.store.work import Extent, Work, settle
 
 DISK_FULL = "the disk is full: free space or delete keys, then retry"
@@ -47,10 +47,10 @@ class Frozen(Protocol):
 
     @property
     def large(self) -> Sequence[LargeString]:
-        """Strings that become records."""
+        """Strings that become records, or are records that no commit knows yet."""
 
     def apply(self, txn: Txn, work: Work, refs: Refs) -> None:
-        """Make the changes; refs: where the large strings were written."""
+        """Make the changes; refs: where the large strings lie, None for one that was lost."""
 
 
 class Overlay(Protocol):
@@ -80,6 +80,7 @@ class _Round:
     overlay: Frozen | None
     busy: frozenset[int]
     retired: frozenset[int]
+    dropped: list[Extent]  # received, and never committed
     work: Work = field(default_factory=Work)
     error: KvdbError | None = None
     full: NoSpaceError | None = None  # committed, but the ballast is gone: refuse new writes
@@ -162,7 +163,8 @@ class Committer:
         items, self._waiting = self._waiting, []
         self._wanted = False
         overlay = self._overlay.freeze() if self._overlay else None
-        this = _Round(items, overlay, self._segments.busy(), self._segments.take_retired())
+        dropped = self._segments.take_dropped()
+        this = _Round(items, overlay, self._segments.busy(), self._segments.take_retired(), dropped)
         running = self._loop.run_in_executor(self._thread, self._run, this)
         running.add_done_callback(lambda done: self._finish(this, done))
 
@@ -191,7 +193,9 @@ class Committer:
                 item.future.set_exception(error)
             else:
                 item.future.set_result(item.result)
-        if this.work.freed or this.work.unlinked:
+        if this.error is not None:
+            this.work.freed += this.dropped
+        if this.work.freed or this.work.unlinked or self._segments.pins.are_late:
             self._thread.submit(self._segments.tidy, this.work.freed, this.work.unlinked)
         if self._waiting or self._wanted:
             self._loop.call_soon(self._start)
@@ -227,17 +231,16 @@ class Committer:
             this.error = None
 
     def _commit(self, this: _Round) -> None:
-        this.work = Work()
-        refs: Refs = {}
-        written, end = None, 0
+        this.work = Work(freed=this.dropped.copy())
+        stored = Stored()
         if this.overlay is not None and (large := this.overlay.large):
-            refs, written, end = write_strings(self._segments, self._files, large)
+            stored = store_strings(self._segments, self._files, large)
         txn = self._index.begin_write()
         try:
             if this.overlay is not None:
-                this.overlay.apply(txn, this.work, refs)
-                if written is not None:
-                    this.work.commit_up_to(written.segment_id, end, written.created_ms)
+                this.overlay.apply(txn, this.work, stored.refs)
+                for segment, end in stored.ends.items():
+                    this.work.commit_up_to(segment, *end)
             for item in this.items:
                 if item.error is None and item.function is not _nothing:
                     self._run_item(txn, this.work, item)
@@ -252,8 +255,10 @@ class Committer:
             this.work = Work()
             self._holds.end_round()
             raise
-        if written is not None:
-            self._segments.advance(STRINGS, written, end)
+        for string in stored.fresh:
+            string.is_committed = True
+        if stored.reservation is not None:
+            self._segments.advance(STRINGS, stored.reservation, stored.end)
 
     def _sync(self, items: Sequence[_Item[object]]) -> None:
         by_segment: dict[int, list[_Item[object]]] = {}

@@ -4,7 +4,8 @@
                32-byte blake3 hash, since LMDB keys are at most 511 bytes. The hash comes first so that SCAN's cursor
                can be a plain integer that stays valid whatever happens to other keys.
     entry      msgpack [type, expiry in Unix ms or 0, value]; a cut key follows as a fourth item
-    string     bytes; one of 64 KiB or more is a record: [segment, offset, bytes, first 16 bytes of its id]
+    string     bytes; one of 64 KiB or more is a record: [segment, offset, bytes, first 16 bytes of its id, crc32c of
+               each 256 KiB piece]
     snapshot   [id, [field, value, ...], pinned, created ms]
     hash       map of field to value, in order of first setting
     zset       map of member to score (float64)
@@ -17,7 +18,7 @@ inside the committing transaction.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -73,18 +74,67 @@ class SessionValue:
 
 
 class StringRef(NamedTuple):
-    """Where a large string lies: a record of its own. id16: first 16 bytes of the blake3 hash of its bytes."""
+    """Where a large string lies: a record of its own. id16: first 16 bytes of the blake3 hash of its bytes.
+
+    crcs: crc32c of each piece of PIECE_BYTES, u32 little-endian, so that a part can be checked without the rest; empty
+    if the string is one piece, and in entries of versions that did not write them.
+    """
 
     segment: int
     offset: int
     n_bytes: int
     id16: bytes
+    crcs: bytes = b""
+
+
+class HeldString:
+    """A large string that something in memory needs: an entry that waits for its commit, a reply on its way.
+
+    While this object lives the range on disk stays, whatever becomes of the entries that named it. One that was
+    received from a client is not committed at first; `ref` is set when its last byte is written. `let_go` is called
+    when nobody needs it any more, in any thread; it must take no lock. Sliced it shows how it begins.
+    """
+
+    __slots__ = ("_let_go", "created_ms", "head", "is_committed", "n_bytes", "ref")
+
+    def __init__(self, n_bytes: int, head: bytes = b"") -> None:
+        self.n_bytes = n_bytes
+        self.head = head  # for the slow log and MONITOR
+        self.ref: StringRef | None = None
+        self.created_ms = 0  # of its segment
+        self.is_committed = False
+        self._let_go: Callable[[bool], object] | None = None
+
+    def complete(self, ref: StringRef, created_ms: int, is_committed: bool, let_go: Callable[[bool], object]) -> None:
+        """All bytes are written. let_go: called with whether the string is committed."""
+        self.ref, self.created_ms, self.is_committed, self._let_go = ref, created_ms, is_committed, let_go
+
+    def __del__(self) -> None:
+        if self._let_go is not None:
+            self._let_go(self.is_committed)
+
+    def __len__(self) -> int:
+        return self.n_bytes
+
+    def __getitem__(self, part: slice) -> bytes:
+        return self.head[part]
 
 
 # A string of this size is worth a record: LMDB needs a run of free pages for it and never shrinks; segments do.
 LARGE_STRING_BYTES = 64 << 10
+# What is read and checked at a time of a large string. Also what a client that does not read costs in memory.
+PIECE_BYTES = 256 << 10
 
-Value = bytes | SnapshotValue | SessionValue | Fields | Members | StringRef
+LargeValue = StringRef | HeldString
+Value = bytes | SnapshotValue | SessionValue | Fields | Members | LargeValue
+
+
+def place_of(value: LargeValue) -> StringRef:
+    """Where a large string lies."""
+    if isinstance(value, StringRef):
+        return value
+    assert value.ref is not None, "a string is used before it is written"
+    return value.ref
 
 
 class Entry(NamedTuple):
@@ -140,7 +190,7 @@ def decode_entry(data: bytes) -> Entry:
     row = msgpack.unpackb(data)
     if row[0] == 1:  # the fast path: no enum look-up
         value = row[2]
-        return Entry(_STRING, row[1], value if type(value) is bytes else StringRef._make(value))
+        return Entry(_STRING, row[1], value if type(value) is bytes else StringRef(*value))
     kind, expire_ms, value = EntryType(row[0]), row[1], row[2]
     if kind is EntryType.SNAPSHOT:
         snapshot_id, flat, pinned, created_ms = value

@@ -23,7 +23,7 @@ from kvdb.store.entries import (
     referenced_snapshot,
 )
 from kvdb.store.index import Table, Txn, from_u64, place_key, u16, u64
-from kvdb.store.rows import PlaceRow, RecordType, pack
+from kvdb.store.rows import pack_string_place, string_names
 from kvdb.store.snapshots import ref_snapshot, unref_snapshot
 from kvdb.store.work import Extent, Work
 from kvdb_protocol.record import record_bytes
@@ -77,18 +77,33 @@ def rebase_session(txn: Txn, work: Work, base: SessionValue) -> None:
 
 
 def _move_string(txn: Txn, work: Work, name: bytes, old: Entry | None, new: Entry | None) -> None:
-    """A large string's record lives and goes with its entry. PLACES names the entry by its name key."""
+    """A large string's record lives as long as an entry names it. PLACES lists those by their name keys."""
     before = old.value if old is not None else None
     after = new.value if new is not None else None
     if before == after:
         return
     if isinstance(before, StringRef):
-        txn.delete(Table.PLACES, place_key(before.segment, before.offset))
-        work.free(Extent(before.segment, before.offset, record_bytes(before.n_bytes)))
+        _name_string(txn, work, before, name, is_named=False)
     if isinstance(after, StringRef):
-        row = PlaceRow(int(RecordType.STRING), name, after.n_bytes)
-        txn.put(Table.PLACES, place_key(after.segment, after.offset), pack(row))
-        work.add_live(after.segment, row.record_bytes)
+        _name_string(txn, work, after, name, is_named=True)
+
+
+def _name_string(txn: Txn, work: Work, ref: StringRef, name: bytes, *, is_named: bool) -> None:
+    place = place_key(ref.segment, ref.offset)
+    extent = Extent(ref.segment, ref.offset, record_bytes(ref.n_bytes))
+    row = txn.get(Table.PLACES, place)
+    names = set(string_names(row) if row is not None else ())
+    if is_named:
+        names.add(name)
+    else:
+        names.discard(name)
+    if not names:
+        txn.delete(Table.PLACES, place)
+        work.free(extent)
+        return
+    txn.put(Table.PLACES, place, pack_string_place(names, ref.n_bytes))
+    if row is None:
+        work.use(extent)
 
 
 def _move_reference(

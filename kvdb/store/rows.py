@@ -7,6 +7,7 @@ The tables and their keys are drawn in docs/format.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -128,13 +129,27 @@ class PlaceRow(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> PlaceRow:
-        """Inverse of pack."""
-        return cls._make(msgpack.unpackb(data))
+        """Inverse of pack; of a string's row with the first of its names."""
+        return cls._make(msgpack.unpackb(data)[:3])
 
     @property
     def record_bytes(self) -> int:
         """Bytes of the record on disk."""
         return record_bytes(self.payload_bytes)
+
+
+def pack_string_place(names: Iterable[bytes], payload_bytes: int) -> bytes:
+    """The row in PLACES of a string that the entries with these name keys share."""
+    first, *others = sorted(names)
+    row = [int(RecordType.STRING), first, payload_bytes]
+    data: bytes = msgpack.packb([*row, others] if others else row)
+    return data
+
+
+def string_names(data: bytes) -> list[bytes]:
+    """The name keys of the entries that share a string, from its row in PLACES."""
+    row = msgpack.unpackb(data)
+    return [row[1], *(row[3] if len(row) > 3 else ())]
 
 
 def pack(row: tuple[object, ...]) -> bytes:

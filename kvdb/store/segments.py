@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvdb.store.files import Files
 from kvdb.store.index import Table, Txn, place_key
+from kvdb.store.pins import Pin, Pins
 from kvdb.store.records import Reservation
 from kvdb.store.rows import PlaceRow, SegmentRow
 from kvdb.store.work import Extent
@@ -52,6 +53,7 @@ class Segments:
 
     def __init__(self, folder: Path, files: Files) -> None:
         self.folder = folder
+        self.pins = Pins()
         self._files = files
         self._lock = threading.Lock()
         self._next_id = 1
@@ -64,6 +66,7 @@ class Segments:
         self._can_punch = True
         self._n_files = 0
         self._backlog: tuple[list[Extent], list[int]] | None = None  # freed during a backup
+        self._dropped: deque[tuple[Extent, Pin, bool]] = deque()  # received strings that nobody needs in memory
 
     def path(self, segment_id: int) -> Path:
         """Where a segment lies."""
@@ -168,6 +171,12 @@ class Segments:
             if current is not None and current.id == reservation.segment_id:
                 current.position = max(current.position, end)
 
+    def release(self, writer: str) -> None:
+        """This writer is done for good: nothing more is appended to its segment."""
+        with self._lock:
+            if (current := self._active.get(writer)) is not None:
+                self._retire(writer, current)
+
     def submitted(self, segment_id: int) -> None:
         """A commit of records in this segment is due."""
         with self._lock:
@@ -218,6 +227,26 @@ class Segments:
         with self._lock:
             self._abandoned.add(segment_id)
 
+    def dropped(self, extent: Extent, pin: Pin, is_committed: bool) -> None:
+        """A submitted record that was received is no longer needed in memory. Takes no lock: finalizers call this."""
+        self._dropped.append((extent, pin, is_committed))
+
+    def take_dropped(self) -> list[Extent]:
+        """Ranges that were given up uncommitted since the last call: they are dead."""
+        dead = []
+        while self._dropped:
+            extent, pin, is_committed = self._dropped.popleft()
+            pin.release()
+            if not is_committed:
+                dead.append(extent)
+            self.resolved(extent.segment, may_be_empty=not is_committed)
+        return dead
+
+    def is_abandoned(self, segment_id: int) -> bool:
+        """Whether a sync of this segment has failed: what was not committed there may be lost."""
+        with self._lock:
+            return segment_id in self._abandoned
+
     def tidy(self, freed: Sequence[Extent], unlinked: Sequence[int]) -> None:
         """Give freed bytes back to the file system. Failures cost space, not data: they are logged."""
         with self._lock:
@@ -225,6 +254,7 @@ class Segments:
                 self._backlog[0].extend(freed)
                 self._backlog[1].extend(unlinked)
                 return
+        freed, unlinked = self.pins.sort(freed, unlinked)
         gone = set(unlinked)
         try:
             for segment_id in unlinked:

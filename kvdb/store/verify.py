@@ -34,7 +34,7 @@ from kvdb.store.entry_writes import names_key
 from kvdb.store.files import Files
 from kvdb.store.index import Index, Table, Txn, end_key, from_place_key, from_u64, place_key, u64
 from kvdb.store.read import Reader, RecordPlace, page_place, tail_place
-from kvdb.store.rows import ModelRow, PageRow, PlaceRow, RecordType, SegmentRow, SnapshotRow
+from kvdb.store.rows import ModelRow, PageRow, PlaceRow, RecordType, SegmentRow, SnapshotRow, pack_string_place
 from kvdb.store.segments import segment_name
 from kvdb.store.strings import check_string, string_place
 from kvdb.store.work import size_name
@@ -186,10 +186,10 @@ def _check_records(
 ) -> Iterator[Finding]:
     places = [page_place(folder, page_id, row) for page_id, row in contents.pages.items()]
     places += [tail_place(folder, snapshot_id, row) for snapshot_id, row in contents.snapshots.items()]
-    owners: dict[RecordPlace, bytes] = {}
+    owners: defaultdict[RecordPlace, list[bytes]] = defaultdict(list)
     for name, (_, ref) in contents.strings.items():
-        places.append(string_place(folder, ref))
-        owners[places[-1]] = name
+        owners[string_place(folder, ref)].append(name)
+    places += owners
     places.sort(key=lambda place: (place.segment_id, place.offset))
     total, done, began = sum(place.record_bytes for place in places), 0, time.monotonic()
     with Reader(files) as reader:
@@ -203,9 +203,9 @@ def _check_records(
                     _check_record(reader, contents, place)
             except KvdbError as error:
                 if place in owners:
-                    name = owners[place]
-                    if _still(index, partial(_has_string, name, contents.strings[name][1])):
-                        yield Finding("record", str(error), name, (contents.strings[name][0],))
+                    for name in owners[place]:
+                        if _still(index, partial(_has_string, name, contents.strings[name][1])):
+                            yield Finding("record", str(error), name, (contents.strings[name][0],))
                 elif _still(index, partial(_is_there, place)):
                     yield Finding("record", str(error), place.id, contents.keys_hurt_by(place.id))
             done += place.record_bytes
@@ -337,8 +337,11 @@ def derived_rows(contents: Contents) -> dict[Table, dict[bytes, bytes]]:
             children[snapshot.parent + snapshot_id] = b""
         row_bytes = msgpack.packb([int(RecordType.TAIL), snapshot_id, snapshot.payload_bytes])
         places[place_key(snapshot.segment, snapshot.offset)] = row_bytes
+    names: defaultdict[StringRef, list[bytes]] = defaultdict(list)
     for name, (_, ref) in contents.strings.items():
-        places[place_key(ref.segment, ref.offset)] = msgpack.packb([int(RecordType.STRING), name, ref.n_bytes])
+        names[ref].append(name)
+    for ref, sharing in names.items():
+        places[place_key(ref.segment, ref.offset)] = pack_string_place(sharing, ref.n_bytes)
     return {Table.PREFIXES: prefixes, Table.ENDS: ends, Table.CHILDREN: children, Table.PLACES: places}
 
 

@@ -47,6 +47,12 @@ class Work:
         self.freed.append(extent)
         self.add_live(extent.segment, -extent.n_bytes)
 
+    def use(self, extent: Extent) -> None:
+        """A range holds a live record from now on, also if it was freed earlier in this round (a renamed string)."""
+        if extent in self.freed:
+            self.freed.remove(extent)
+        self.add_live(extent.segment, extent.n_bytes)
+
     def add_live(self, segment: int, n_bytes: int) -> None:
         """Change a segment's live bytes."""
         self.live_delta[segment] = self.live_delta.get(segment, 0) + n_bytes

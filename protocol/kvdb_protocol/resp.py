@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import hiredis
 
@@ -37,6 +37,9 @@ BULK_HEADERS = tuple(b"$%d\r\n" % n_bytes for n_bytes in range(SHORT_BYTES))
 _FAST_CHUNK_BYTES = 256 * 1024
 # Bulk strings at least this large get a buffer of their own size at once; smaller ones are cut out of the input.
 _OWN_BUFFER_BYTES = 32 * 1024
+
+# Bulk strings at least this large may go somewhere else than into memory: RequestParser.take_bulk.
+LARGE_BULK_BYTES = 1 << 20
 
 Request = list[bytes]
 
@@ -62,10 +65,21 @@ _shared = _Reader()
 _pack: Callable[[tuple[bytes, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
 
 
+class Sink(Protocol):
+    """Takes a large bulk string as it comes in."""
+
+    def feed(self, data: bytes) -> None:
+        """The next bytes."""
+
+    def end(self) -> bytes:
+        """That was all, and its CRLF was right; returns what stands for the string in the request."""
+
+
 class RequestParser:
     """Turns received bytes into requests.
 
-    max_bulk_bytes: `proto-max-bulk-len`. authenticated: False applies the small limits for strangers. Both may be
+    max_bulk_bytes: `proto-max-bulk-len`. authenticated: False applies the small limits for strangers. take_bulk: asked
+    where a large bulk string of the request that begins with these arguments goes; None keeps it in memory. All may be
     changed at any time. `error` is set once, when the stream is beyond repair; requests before it are still returned.
     """
 
@@ -76,9 +90,11 @@ class RequestParser:
         "_lines",
         "_missing",
         "_request",
+        "_sink",
         "authenticated",
         "error",
         "max_bulk_bytes",
+        "take_bulk",
     )
 
     def __init__(self, max_bulk_bytes: int = 512 << 20, authenticated: bool = True) -> None:
@@ -91,11 +107,14 @@ class RequestParser:
         self._bulk_left = -1  # bytes of the current bulk string and its CRLF still to come, -1: header not read
         self._bulk: list[bytes] | None = None  # pieces of a large bulk string, joined once
         self._bulk_at = 0  # their bytes
+        self._sink: Sink | None = None  # gets the current bulk string, and `_bulk` its CRLF only
+        self.take_bulk: Callable[[Request, int], Sink | None] | None = None
 
     @property
     def buffered_bytes(self) -> int:
         """Bytes held for a request that is not complete (`qbuf` of CLIENT LIST)."""
-        return len(self._lines) + self._bulk_at + sum(map(len, self._request or ()))
+        in_request = sum([len(argument) for argument in self._request or () if type(argument) is bytes])
+        return len(self._lines) + self._bulk_at + in_request
 
     def feed(self, data: bytes) -> list[Request]:
         """Add received bytes and return the requests that are now complete; empty requests are left out."""
@@ -112,7 +131,7 @@ class RequestParser:
         except RequestError as error:
             self.error = error
             self._lines.clear()
-            self._bulk = None
+            self._bulk = self._sink = None
         return requests
 
     def _parse(self, data: bytes, requests: list[Request]) -> None:
@@ -220,6 +239,8 @@ class RequestParser:
             return start + size + 2
         if size < _OWN_BUFFER_BYTES:
             return -1
+        if size >= LARGE_BULK_BYTES and self.take_bulk is not None:
+            self._sink = self.take_bulk(self._request, size)
         self._bulk = []
         self._bulk_left = size + 2
         self._fill(bytes(memoryview(lines)[start:]))
@@ -229,6 +250,13 @@ class RequestParser:
         """Add data to the large bulk string; when it is complete append it to the request. Returns what follows it."""
         bulk = self._bulk
         assert bulk is not None and self._request is not None
+        if self._sink is not None and self._bulk_left > 2:
+            given = data[: self._bulk_left - 2]
+            self._sink.feed(given)
+            self._bulk_left -= len(given)
+            data = data[len(given) :]
+        if not data:
+            return b""
         taken = min(len(data), self._bulk_left)
         bulk.append(data if taken == len(data) else data[:taken])
         self._bulk_left -= taken
@@ -240,7 +268,8 @@ class RequestParser:
         if bulk[-1][-2:] != b"\r\n":
             raise RequestError("invalid CRLF in request")
         bulk[-1] = bulk[-1][:-2]
-        self._request.append(b"".join(bulk))
+        self._request.append(b"".join(bulk) if self._sink is None else self._sink.end())
+        self._sink = None
         self._missing -= 1
         self._bulk = None
         self._bulk_left = -1

@@ -81,11 +81,31 @@ def test_full_disk(start: StartDaemon, small_disk: Path, mode: str) -> None:
     assert wire("GET", "kept") == ("$", b"v") and wire("GET", "more") == ("$", b"x")
 
 
+def test_a_string_that_does_not_fit_on_the_disk_is_refused_when_it_has_come(
+    start: StartDaemon, small_disk: Path
+) -> None:
+    daemon = start(dir=small_disk / "data")
+    wire = daemon.wire()
+    wire("SET", "k", "old")
+    wire("SAVE")
+    fill(small_disk, but=4 << 20)
+    kind, line = wire("SET", "k", os.urandom(40 << 20))
+    assert kind == "-" and line.startswith(b"NOSPACE")  # type: ignore[attr-defined]
+    assert wire("PING") == ("+", b"PONG") and wire("GET", "k") == ("$", b"old")
+    wire("SET", "small", "x")
+    assert wire("SAVE") == OK, "what had come of it was given back"
+    (small_disk / "filler").unlink()
+    value = os.urandom(20 << 20)
+    assert wire("SET", "k", value) == OK
+    assert wire("GET", "k") == ("$", value)
+
+
 def test_shutdown_with_a_full_disk(start: StartDaemon, small_disk: Path) -> None:
     daemon = start(dir=small_disk / "data")
     wire = daemon.wire()
     fill(small_disk, but=1 << 20)
-    wire("SET", "k", os.urandom(12 << 20))  # more than the store's own reserve gives back
+    for n in range(24):
+        wire("SET", f"k{n}", os.urandom(500_000))  # more than the store's own reserve gives back
     wait_for(wire, "SET", "more", "x", accepted=False)
     assert wire("SHUTDOWN")[1].startswith(b"ERR Errors trying to SHUTDOWN")  # type: ignore[attr-defined]
     assert wire("PING") == ("+", b"PONG")

@@ -29,6 +29,8 @@ from tests.kvdb.store.states import (
     make_state,
     pack_ids,
     put_snapshot,
+    read_entry,
+    receive,
     string,
     tokens,
 )
@@ -94,7 +96,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         entry = self.store.keyspace.get(0, source)
         assert entry is not None
-        self.store.keyspace.put(0, key, entry)
+        self.store.keyspace.put(0, key, self.store.keyspace.held(entry))
         self.forget(key)
         self.model[key] = (kind, value)
         if source in self.pinned:
@@ -119,6 +121,17 @@ class StoreMachine(RuleBasedStateMachine):
             if key in self.pinned:
                 self.pinned.discard(key)
                 self.pinned.add(new)
+
+    @rule(key=keys, times=st.sampled_from([7_000, 40_000]))
+    def receive_string(self, key: bytes, times: int) -> None:
+        value = (b"received " + key) * times
+        self.store.keyspace.put(0, key, Entry(EntryType.STRING, 0, self.run(receive(self.store, value))))
+        self.forget(key)
+        self.model[key] = ("string", value)
+
+    @rule()
+    def drop_received(self) -> None:
+        self.run(receive(self.store, b"nobody needs it" * 9_000))
 
     @rule(key=keys, times=st.sampled_from([1, 10_000]))
     def set_string(self, key: bytes, times: int) -> None:
@@ -194,7 +207,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert space.size(0) == len(self.model)
         assert sorted(space.scan(0, 0, 100)[1]) == sorted(self.model)
         for key, (kind, value) in self.model.items():
-            entry = space.get(0, key)
+            entry = read_entry(self.store, key)
             assert entry is not None
             assert entry.type.name.lower() == kind
             if kind == "string":

@@ -16,10 +16,22 @@ from pathlib import Path
 import pytest
 
 from kvdb.errors import StalePagesError
+from kvdb.store.entries import Entry, EntryType
 from kvdb.store.store import Store
 from kvdb.store.verify import verify
 from tests.kvdb.store.faults import LoggingFiles, power_loss
-from tests.kvdb.store.states import MODEL, PAGE, make_state, pack_ids, snapshot_entry, string, tokens, write_snapshot
+from tests.kvdb.store.states import (
+    MODEL,
+    PAGE,
+    make_state,
+    pack_ids,
+    read_entry,
+    receive,
+    snapshot_entry,
+    string,
+    tokens,
+    write_snapshot,
+)
 
 N_STATES = int(os.environ.get("KVDB_POWER_LOSSES", "120"))
 KEYS = [b"k%d" % number for number in range(6)]
@@ -30,7 +42,7 @@ async def client(store: Store, files: LoggingFiles, number: int, rng: random.Ran
     keys = [key for key in KEYS if int(key[1:]) % 3 == number]
     for step in range(14):
         key = rng.choice(keys)
-        action = rng.choice(("snapshot", "snapshot", "fork", "string", "delete", "expire", "gc", "compact"))
+        action = rng.choice(("snapshot", "snapshot", "fork", "string", "receive", "delete", "expire", "gc", "compact"))
         if action == "snapshot":
             ids = tokens(rng.randrange(1, 3 * PAGE), seed=rng.randrange(3))
             files.note(("asked", key, pack_ids(ids)))
@@ -42,17 +54,27 @@ async def client(store: Store, files: LoggingFiles, number: int, rng: random.Ran
                 except StalePagesError:
                     continue  # another client deleted what this one counted on
         elif action == "fork":
-            other = store.keyspace.get(0, rng.choice(keys))
-            if other is None:
+            source = rng.choice(keys)
+            if (entry := store.keyspace.get(0, source)) is None:
                 continue
+            other = read_entry(store, source)
+            assert other is not None
             value = other.value if isinstance(other.value, bytes) else await store.token_ids(other.value.id)  # type: ignore[union-attr]
             files.note(("asked", key, value))
-            store.keyspace.put(0, key, other)
+            store.keyspace.put(0, key, store.keyspace.held(entry))
             await store.keyspace.flush()
         elif action == "string":
             value = b"value %d" % step * rng.choice((1, 9000))  # the larger one is a record of its own
             files.note(("asked", key, value))
             store.keyspace.put(0, key, string(value))
+            await store.keyspace.flush()
+        elif action == "receive":
+            value = b"received %d" % step * rng.choice((9000, 40_000))
+            held = await receive(store, value)
+            if rng.random() < 0.3:
+                continue  # nobody wants it: given back
+            files.note(("asked", key, value))
+            store.keyspace.put(0, key, Entry(EntryType.STRING, 0, held))
             await store.keyspace.flush()
         elif action in ("gc", "compact"):
             await (store.gc() if action == "gc" else store.compact())
@@ -97,7 +119,7 @@ async def check(folder: Path, expected: dict[bytes, set[bytes | None]]) -> None:
         assert store.problems == []
         assert list(verify(store._index, folder / "segments", store._files, deep=True)) == []
         for key, values in expected.items():
-            entry = store.keyspace.get(0, key)
+            entry = read_entry(store, key)
             value: bytes | None = None
             if entry is not None:
                 found = entry.value

@@ -18,7 +18,7 @@ from kvdb.store.repair import repair
 from kvdb.store.store import Store
 from kvdb.store.verify import verify
 from tests.kvdb.store.faults import FailingFiles
-from tests.kvdb.store.states import MODEL, PAGE, put_snapshot, string, tokens
+from tests.kvdb.store.states import MODEL, PAGE, put_snapshot, read_entry, string, tokens
 
 BIG = os.urandom(LARGE_STRING_BYTES + 5)
 BIGGER = os.urandom(3 * LARGE_STRING_BYTES)
@@ -54,12 +54,12 @@ async def test_kept_over_a_restart(tmp_path: Path) -> None:
     store.keyspace.put(0, b"small", small)
     await store.keyspace.flush()
     assert store._index.file_bytes - index_bytes < 8 * LARGE_STRING_BYTES
-    assert store.keyspace.get(0, b"k7") == string(BIG + b"7", expire_ms=1 << 42)
+    assert read_entry(store, b"k7") == string(BIG + b"7", expire_ms=1 << 42)
     await store.close()
     assert findings(tmp_path) == []
     store = await open_store(tmp_path)
-    assert store.keyspace.get(0, b"k7") == string(BIG + b"7", expire_ms=1 << 42)
-    assert store.keyspace.get(0, b"small") == small
+    assert read_entry(store, b"k7") == string(BIG + b"7", expire_ms=1 << 42)
+    assert read_entry(store, b"small") == small
     stats = await store.stats()
     assert stats.strings == 20 * (LARGE_STRING_BYTES + 4096)
     await store.close()
@@ -70,11 +70,11 @@ async def test_replaced_and_deleted(store: Store) -> None:
     for value in (BIG, BIGGER, b"small", BIG):
         keys.put(0, b"k", string(value))
         await keys.flush()
-        assert keys.get(0, b"k") == string(value)
+        assert read_entry(store, b"k") == string(value)
     keys.expire_at(0, b"k", 1 << 42)
     keys.rename(0, b"k", b"l")
     await keys.flush()
-    assert keys.get(0, b"l") == string(BIG, expire_ms=1 << 42)
+    assert read_entry(store, b"l") == string(BIG, expire_ms=1 << 42)
     assert (await store.stats()).strings == LARGE_STRING_BYTES + 4096
     keys.delete(0, b"l")
     await keys.flush()
@@ -98,7 +98,7 @@ async def test_a_snapshot_may_take_its_key_in_the_very_round_that_writes_it(stor
     await put_snapshot(store, b"k", tokens(PAGE))
     store.keyspace.put(0, b"l", string(BIGGER))
     await store.keyspace.flush()
-    assert store.keyspace.get(0, b"l") == string(BIGGER)
+    assert read_entry(store, b"l") == string(BIGGER)
 
 
 async def test_damage_is_named_and_only_that_key_is_lost(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ async def test_damage_is_named_and_only_that_key_is_lost(tmp_path: Path) -> None
     assert finding.keys == ((3, b"bad"),)  # type: ignore[attr-defined]
     store = await open_store(tmp_path)
     with pytest.raises(CorruptError, match=f"string .* in {path.name} at 4096"):
-        store.keyspace.get(3, b"bad")
-    assert store.keyspace.get(3, b"good") == string(BIG + b"good")
+        read_entry(store, b"bad", 3)
+    assert read_entry(store, b"good", 3) == string(BIG + b"good")
     assert sorted(store.keyspace.scan(3, 0, 10)[1]) == [b"bad", b"good"]
     await store.close()
     index = Index(tmp_path / "index")
@@ -154,11 +154,11 @@ async def test_a_failed_round_keeps_the_value(tmp_path: Path, call: str) -> None
     try:
         await store.keyspace.flush()
     except KvdbError:
-        assert store.keyspace.get(0, b"k") == string(BIGGER)
+        assert read_entry(store, b"k") == string(BIGGER)
     files.heal()
     await store.keyspace.flush()
-    assert store.keyspace.get(0, b"k") == string(BIGGER)
-    assert store.keyspace.get(0, b"old") == string(BIG)
+    assert read_entry(store, b"k") == string(BIGGER)
+    assert read_entry(store, b"old") == string(BIG)
     await store.close()
     assert findings(tmp_path) == []
 
@@ -168,7 +168,7 @@ async def test_a_backup_has_them(store: Store, tmp_path: Path) -> None:
     report = await store.backup(tmp_path / "transfer" / "copy")
     assert report.bytes_copied >= len(BIGGER)
     other = Store.open(tmp_path / "transfer" / "copy", loop=asyncio.get_running_loop())
-    assert other.keyspace.get(0, b"k") == string(BIGGER)
+    assert read_entry(other, b"k") == string(BIGGER)
     await other.close()
 
 

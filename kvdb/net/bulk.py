@@ -1,0 +1,241 @@
+"""Large strings between a connection and the store: received into a segment, sent from one, never whole in memory.
+
+What is in memory for one string is bounded: some megabytes that were received and not written yet, after which the
+socket is not read; one piece, and what the transport buffers, of a string that is being sent. Each piece is checked
+just before it is sent: damage in the first one is answered as an error, damage found later ends the connection, since
+the length has been promised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, cast
+
+from kvdb.errors import KvdbError
+from kvdb.store.entries import HeldString, LargeValue, StringRef, place_of
+from kvdb_protocol.resp import Encoded, Reply, Request, encode, encode_error
+
+if TYPE_CHECKING:
+    from kvdb.net.client import Client
+
+log = logging.getLogger("kvdb")
+
+# Received and not written: above this the socket is not read. One write in flight, the next one gathering.
+_WAITING_BYTES = 2 << 20
+# The same over all connections: above it nobody gathers more while a write is in flight.
+_ALL_WAITING_BYTES = 64 << 20
+# Strings below this are read at once and sent as one object.
+_WHOLE_BYTES = 1 << 20
+# Pieces that are sent before others get their turn.
+_PIECES_AT_ONCE = 4
+_HEAD_BYTES = 128
+# Commands that store an argument as it is: its first position, and the step to the next one.
+_VALUES_AT = {
+    b"SET": (2, 0),
+    b"SETNX": (2, 0),
+    b"GETSET": (2, 0),
+    b"SETEX": (3, 0),
+    b"PSETEX": (3, 0),
+    b"MSET": (2, 2),
+    b"MSETNX": (2, 2),
+}
+
+
+class Refusal:
+    """Stands in a request for the name of a command whose large argument could not be stored."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: KvdbError) -> None:
+        self.error = error
+
+
+class Pieces:
+    """An encoded reply with large strings in it."""
+
+    __slots__ = ("n_bytes", "parts")
+
+    def __init__(self, parts: list[bytes | HeldString]) -> None:
+        self.parts = parts
+        self.n_bytes = sum(map(len, parts))
+
+    def __len__(self) -> int:
+        return self.n_bytes
+
+
+def encode_parts(client: Client, reply: object) -> list[bytes | HeldString]:
+    """Encode a reply, leaving large strings as they are; they are held from now on."""
+    if isinstance(reply, Pieces):
+        return reply.parts
+    if isinstance(reply, StringRef):
+        return [client.server.store.hold_string(reply)]
+    if isinstance(reply, HeldString):
+        return [reply]
+    return [encode(cast(Reply, reply), client.resp)]
+
+
+def encode_array(client: Client, replies: list[object]) -> Pieces | Encoded:
+    """An array of replies, of which some may be large strings."""
+    parts: list[bytes | HeldString] = [b"*%d\r\n" % len(replies)]
+    for reply in replies:
+        parts += encode_parts(client, reply)
+    return join(parts)
+
+
+def join(parts: list[bytes | HeldString]) -> Pieces | Encoded:
+    """The reply that these are the parts of."""
+    if any(isinstance(part, HeldString) for part in parts):
+        return Pieces(parts)
+    return Encoded(b"".join(cast(list[bytes], parts)))
+
+
+def encode_string(client: Client, value: LargeValue) -> bytes | Pieces:
+    """A reply that is one large string. Raises CorruptError if it is read at once."""
+    if place_of(value).n_bytes >= _WHOLE_BYTES:
+        return Pieces(encode_parts(client, value))
+    return encode(client.server.store.read_string(value))
+
+
+# Sending
+
+
+async def send(client: Client, reply: Pieces) -> None:
+    """Send a reply as fast as the client reads it."""
+    for part in reply.parts:
+        if isinstance(part, HeldString):
+            await _send_string(client, part)
+        else:
+            client.write(part)
+    reply.parts.clear()  # lets the strings go
+    client.server.store.give_back_late()
+
+
+async def _send_string(client: Client, string: HeldString) -> None:
+    store = client.server.store
+    n_bytes = place_of(string).n_bytes
+    sent = 0
+    try:
+        reader = await store.open_string(string)
+        try:
+            for number in range(reader.n_pieces):
+                piece = await store.string_piece(reader, number)
+                if not sent:
+                    client.write(b"$%d\r\n" % n_bytes)
+                client.write(piece)
+                sent += len(piece)
+                await client.drained()
+                if number % _PIECES_AT_ONCE == _PIECES_AT_ONCE - 1:
+                    await asyncio.sleep(0)
+        finally:
+            reader.close()
+    except KvdbError as error:
+        client.server.count_error(error.word)
+        if not sent:
+            client.write(encode_error(error.wire))
+            return
+        log.error("client %d (%s) closed after %d of %d bytes: %s", client.id, client.peer, sent, n_bytes, error.wire)
+        client.abort()
+        return
+    client.write(b"\r\n")
+
+
+# Receiving
+
+
+def take(client: Client, request: Request, n_bytes: int) -> Receipt | None:
+    """Decide where the large argument goes that follows the arguments in `request`; None: into memory."""
+    first, step = _VALUES_AT.get(request[0].upper(), (0, 0)) if request else (0, 0)
+    at = len(request)
+    if not first or at < first or (at != first and (not step or (at - first) % step)):
+        return None
+    return Receipt(client, request, n_bytes)
+
+
+class Receipt:
+    """A large argument on its way into a segment (kvdb_protocol.resp.Sink)."""
+
+    all_waiting_bytes = 0
+
+    def __init__(self, client: Client, request: Request, n_bytes: int) -> None:
+        """request: its name is replaced by a Refusal if the argument cannot be stored."""
+        self._client = client
+        self._request = request
+        self._string = HeldString(n_bytes)
+        self._pieces: list[bytes] = []
+        self._n_waiting = 0
+        self._has_ended = self._is_given_up = self._is_refused = False
+        self._news = asyncio.Event()
+        self._task = client.server.loop.create_task(self._run())
+        client.receipts.add(self)
+
+    def feed(self, data: bytes) -> None:
+        """The next bytes."""
+        if not self._string.head:
+            self._string.head = data[:_HEAD_BYTES]
+        if self._is_refused:
+            return
+        self._pieces.append(data)
+        self._n_waiting += len(data)
+        Receipt.all_waiting_bytes += len(data)
+        self._news.set()
+        if self._n_waiting > (_WAITING_BYTES if Receipt.all_waiting_bytes < _ALL_WAITING_BYTES else 0):
+            self._client.pause_receiving()
+
+    def end(self) -> bytes:
+        """The last byte was given: what stands for the argument in the request. It may be used once all is written."""
+        self._has_ended = True
+        self._client.unwritten += 1
+        self._client.update_stop()
+        self._news.set()
+        return cast(bytes, self._string)
+
+    def give_up(self) -> None:
+        """The connection is gone."""
+        self._is_given_up = True
+        self._news.set()
+
+    def _take(self) -> list[bytes]:
+        pieces, self._pieces = self._pieces, []
+        Receipt.all_waiting_bytes -= self._n_waiting
+        self._n_waiting = 0
+        return pieces
+
+    async def _run(self) -> None:
+        try:
+            await self._receive()
+        except KvdbError as error:
+            self._is_refused = True
+            self._take()
+            self._request[0] = cast(bytes, Refusal(error))
+            self._client.resume_receiving()
+            while not self._has_ended and not self._is_given_up:
+                self._news.clear()
+                await self._news.wait()
+        finally:
+            self._take()
+            self._client.receipts.discard(self)
+            if self._has_ended:
+                self._client.received()
+
+    async def _receive(self) -> None:
+        server = self._client.server
+        if server.refusal is not None:
+            raise server.refusal
+        incoming = await server.store.receiver.begin(self._string.n_bytes)
+        try:
+            while not self._is_given_up:
+                if self._pieces:
+                    pieces = self._take()
+                    self._client.resume_receiving()
+                    await incoming.write(pieces)
+                elif self._has_ended:
+                    await incoming.finish(self._string)
+                    return
+                else:
+                    self._news.clear()
+                    await self._news.wait()
+        except BaseException:
+            await incoming.abandon()
+            raise
+        await incoming.abandon()
