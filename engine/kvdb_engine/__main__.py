@@ -6,6 +6,7 @@ The first frame out is `ready` (what the engine runs on) or `fatal` (why it cann
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -51,6 +52,8 @@ def main() -> int:
 
         info = open_model(spec)
         engine = open_engine(info)
+        # Model and modules stay: a collector that walks over them takes some milliseconds, often of a RESTORE.
+        gc.freeze()
     except Exception as error:
         sock.sendall(encode_frame({"ev": "fatal", "message": f"{type(error).__name__}: {error}"}))
         return 1

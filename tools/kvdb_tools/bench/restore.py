@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from pathlib import Path
 
 from kvdb_tools.bench import flash
@@ -11,7 +12,7 @@ from kvdb_tools.bench.redis_bytes import RedisBytes
 from kvdb_tools.bench.redis_server import RedisServer
 from kvdb_tools.bench.scenario import Bars, Result, Settings
 from kvdb_tools.cli.connection import Connection
-from kvdb_tools.daemon import Caller, Daemon, as_float, as_int
+from kvdb_tools.daemon import Caller, CommandError, Daemon, as_float, as_int
 
 REPEATS = 11
 COLD_REPEATS = 5
@@ -68,14 +69,21 @@ def _measure(settings: Settings, result: Result, n_tokens: int) -> None:
         memory = memoryview(bytearray(n_bytes))
         flash.read_kept(segments, memory)
 
-        def restore() -> None:
-            inside.append(as_float(call.map("RESTORE", "state", "again", "REPLACE")["ms"]))
+        def restore() -> float:
+            call("DEL", "again")  # onto a session that stands there nothing would be read
+            began = time.perf_counter()
+            reply = call.map("RESTORE", "state", "again")
+            took_s = time.perf_counter() - began
+            if as_int(reply["bytes_read"]) != n_bytes:
+                raise CommandError(f"RESTORE read {reply['bytes_read']!r} bytes, not {n_bytes}")
+            inside.append(as_float(reply["ms"]))
+            return took_s
 
         # Alternating, so that a drift of the machine hits all alike.
         inside: list[float] = []
         warm, kept, fresh, small = [], [], [], []
         for _ in range(REPEATS):
-            warm.append(flash.seconds(restore))
+            warm.append(restore())
             kept.append(flash.read_kept(segments, memory))
             fresh.append(flash.read_into_memory(segments, n_bytes))
             small.append(flash.read_plain(segments, n_bytes))
@@ -83,7 +91,7 @@ def _measure(settings: Settings, result: Result, n_tokens: int) -> None:
         cold, kept_cold = [], []
         for _ in range(COLD_REPEATS):
             flash.drop_cache(directory)
-            cold.append(flash.seconds(restore))
+            cold.append(restore())
             flash.drop_cache(directory)
             kept_cold.append(flash.read_kept(segments, memory))
         peaks = [flash.peak_rss(daemon.pid), *map(flash.peak_rss, flash.children_of(daemon.pid))]
