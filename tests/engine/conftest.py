@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from kvdb_protocol.ids import NO_PAGE, content_id
 from kvdb_protocol.page import Page, decode_page, encode_page
 from kvdb_protocol.tail import Tail, decode_tail, encode_tail, tail_header
 
+# The same tests on another back end: KVDB_TEST_BACKEND=mlx on a machine with a GPU (tests/gpu/show.py).
+BACKEND = os.environ.get("KVDB_TEST_BACKEND", "numpy")
 VECTORS = Path(__file__).parent.parent / "vectors" / "ds4"
 
 
@@ -31,12 +34,12 @@ def nano_info() -> ModelInfo:
 
 @pytest.fixture(scope="session")
 def nano(nano_info: ModelInfo) -> Engine:
-    return Engine(nano_info, backend_name="numpy")
+    return Engine(nano_info, backend_name=BACKEND, prefill_chunk=256)
 
 
 @pytest.fixture(scope="session")
 def tiny(vectors: Vectors) -> Engine:
-    return vectors.engine("numpy", prefill_chunk=128)
+    return vectors.engine(BACKEND, prefill_chunk=128)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from kvdb_engine.model import Model, empty_layers, load_weights
 from kvdb_engine.ops import Ops
 from kvdb_engine.weights_safetensors import SafetensorsSource
 from tests.engine.checkpoints import stored, weights, write_safetensors
+from tests.engine.conftest import BACKEND
 
 FOLDER = Path(__file__).parent.parent / "vectors" / "transformers"
 spec = importlib.util.spec_from_file_location("golden", FOLDER / "make.py")
@@ -57,7 +58,7 @@ def sections(model: Model, layers: Any, ids: np.ndarray) -> dict[str, np.ndarray
 
 
 @pytest.mark.parametrize("name", golden.CASES)
-@pytest.mark.parametrize("backend_name", ["numpy", "mlx-cpu"])
+@pytest.mark.parametrize("backend_name", ["numpy", "mlx-cpu"] if BACKEND == "numpy" else [BACKEND])
 def test_sections(name: str, backend_name: str, tmp_path: Path) -> None:
     if backend_name != "numpy":
         pytest.importorskip("mlx.core")

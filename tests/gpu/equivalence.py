@@ -23,7 +23,7 @@ from kvdb_engine.catalog import open_model
 from kvdb_engine.engine import Engine
 from kvdb_engine.fidelity import Vectors, argmax_agreement, compare, decode_logits, one_step, prefill_table, run
 from kvdb_engine.ops_mlx import MlxOps
-from kvdb_engine.weights import HostTensor
+from kvdb_engine.weights import BlockFloats, CompactTensor, HostTensor
 
 FAILED: list[str] = []
 RNG = np.random.default_rng(5)
@@ -51,7 +51,7 @@ def ds4_vectors(name: str) -> None:
 
 
 def nano_against_numpy(name: str) -> None:
-    """The same tokens on both back ends, in one chunk, in chunks of 128, and one by one."""
+    """The same tokens on both back ends, in one chunk, in chunks of 128, and one by one: what the traps spoil."""
     info = open_model("dsv4-nano")
     ids = RNG.integers(7, info.config.vocab, 700).astype(np.uint32)
     here, there = Engine(info, backend_name=name), Engine(info, backend_name="numpy")
@@ -61,22 +61,6 @@ def nano_against_numpy(name: str) -> None:
         check(
             row.correlation > 0.998, f"nano, chunk {chunk}: median {row.median:.1e}, correlation {row.correlation:.6f}"
         )
-    for n_tokens in (128, 2048, 16384):
-        here.prefill_chunk = here.ops.prefill_chunk
-        for _ in range(2):
-            state, started = here.new_state(), time.perf_counter()
-            for _done in here.prefill(state, np.resize(ids, n_tokens)):
-                pass
-            mx.synchronize()
-            seconds = time.perf_counter() - started
-        times = []
-        for token in ids[:60]:
-            started = time.perf_counter()
-            here.step(state, int(token))
-            _ = mx.argmax(state._logits).item()  # type: ignore[arg-type]
-            times.append(time.perf_counter() - started)
-        rate = 1 / float(np.median(times[10:]))
-        print(f"  nano: prefill of {n_tokens}: {n_tokens / seconds:.0f} tok/s; decode behind it: {rate:.0f} tok/s")
 
 
 def traps(ops: MlxOps) -> None:
@@ -93,6 +77,18 @@ def traps(ops: MlxOps) -> None:
             weights = each.expert_weights(HostTensor(gate), HostTensor(up), HostTensor(down))
             both.append(each.host(each.experts(weights, each.array(x), each.array(ids), each.array(share), 10.0)))
         check(float(np.abs(both[0] - both[1]).max()) < 1e-4, f"experts of {n_tokens} tokens")
+    # gather_mm itself, as the engine never calls it: sorted ids with sliced halves, and with an inserted axis.
+    both, ids = RNG.standard_normal((9, 128, 64)).astype(np.float32), np.sort(RNG.integers(0, 9, 300)).astype(np.uint32)
+    x = RNG.standard_normal((300, 64)).astype(np.float32)
+    wanted = np.einsum("ti,toi->to", x, both[ids, :64])
+    sliced = mx.array(both)[:, :64].swapaxes(1, 2)
+    for what, x_axis, weights in (
+        ("sliced experts", mx.array(x.reshape(300, 1, 64)), sliced),
+        ("an inserted axis", mx.array(x)[:, None], mx.contiguous(sliced)),
+    ):
+        found = mx.gather_mm(x_axis, weights, rhs_indices=mx.array(ids), sorted_indices=True)
+        error = float(np.abs(np.array(found)[:, 0] - wanted).max())
+        print(f"       for the record: MLX's sorted gather_mm with {what} is off by {error:.1e}")
     # argsort and argpartition break ties by array length; sorts of rank 3 may take the wrong rows.
     fused = ops.fused
     for n in (40, 700, 5000):
@@ -102,14 +98,32 @@ def traps(ops: MlxOps) -> None:
             found = ops.host(ops.top_rows(ops.array(scores), 30))
             check(np.array_equal(found, wanted), f"ties go to the lowest row of {n}{'' if ops.fused else ', op by op'}")
         ops.fused = fused
+    turned = np.ascontiguousarray((RNG.integers(-3, 3, (700, 3)) / 7).astype(np.float32))
+    wanted = plain.host(plain.top_rows(np.ascontiguousarray(turned.T), 30))
+    check(
+        np.array_equal(ops.host(ops.top_rows(ops.array(turned).swapaxes(0, 1), 30)), wanted),
+        "a turned view sorts right",
+    )
     # f32 norm weights turn bf16 into f32 and back: every product must hand on float32.
     norm = ops.norm(ops.array(np.ones((2, 64), np.float32)), ops.array(np.ones(64, np.float32)), 1e-6)
     check(norm.dtype == mx.float32, "norms stay float32")
+    for kind in ("BF16", "F16"):
+        halves = ops.linear(mx.ones((8, 64), mx.bfloat16 if kind == "BF16" else mx.float16), norm)
+        check(halves.dtype == mx.float32, f"products with {kind} weights hand on float32")
     # TF32 would show as errors near 3e-4 of the result.
     a, b = RNG.standard_normal((256, 512)).astype(np.float32), RNG.standard_normal((512, 256)).astype(np.float32)
     exact = a.astype(np.float64) @ b
     error = np.abs(ops.host(ops.array(a) @ ops.array(b)) - exact).max() / np.abs(exact).max()
     check(float(error) < 1e-6, f"float32 products are exact: {error:.1e}")
+    for bits in (4, 8):
+        codes, scales = RNG.integers(0, 1 << 32, (512, 16 * bits), dtype=np.uint64), np.full((512, 16), 120, np.uint8)
+        floats = BlockFloats((codes & 0x3F3F3F3F).astype(np.uint32), scales, bits)
+        for n_tokens in (1, 300):
+            x = RNG.standard_normal((n_tokens, 512)).astype(np.float32)
+            exact = x.astype(np.float64) @ floats.dense().T
+            found = ops.host(ops.linear(ops.weight(CompactTensor(floats)), ops.array(x)))
+            error = np.abs(found - exact).max() / np.abs(exact).max()
+            check(float(error) < 1e-3, f"mxfp{bits} products of {n_tokens} tokens: {error:.1e}")
 
 
 def main() -> int:
