@@ -20,6 +20,8 @@ from kvdb.net.client import Client
 if TYPE_CHECKING:
     from kvdb.net.service import Server
 
+_UNSENT_BYTES = 256 * 1024
+
 log = logging.getLogger("kvdb")
 
 _OWN_DESCRIPTORS = 128  # segments, index, journal, workers, listeners
@@ -154,6 +156,10 @@ def tune(sock: socket.socket, keepalive_seconds: int) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, keepalive_seconds)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, keepalive_seconds // 3))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        # What a client does not read would fill megabytes of the kernel's memory for each such client, and filling them
+        # takes the time of all others. This does not limit what is under way to a client that reads.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
     if hasattr(socket, "TCP_CONGESTION"):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")

@@ -3,11 +3,13 @@
 python tests/show/fuzz.py [--quick] [--parser 5000000] [--daemon 200000] [--jobs 2]
 
 A sequence is random bytes, or well-formed requests with some bytes changed, dropped, repeated or cut, counts and
-lengths replaced by extreme ones, and pieces of other sequences put in. Parser: each sequence goes into a fresh parser
-in one to four pieces; nothing but a protocol error may come out, and (every 50th) the same bytes fed one at a time must
-give the same requests and the same error. Daemon: each connection sends several sequences at once and leaves, sometimes in the
-middle; commands that end or stop a server are left out of the dictionary. After each batch PING must be answered within
-five seconds. Memory is compared after the first tenth and at the end: what leaks a byte a sequence would be seen.
+lengths replaced by extreme ones, and pieces of other sequences put in.
+
+Parser: each sequence goes into a fresh parser in one to four pieces; nothing but a protocol error may come out, and
+(every 50th) the same bytes fed one at a time must give the same requests and the same error. Daemon: each connection
+sends several sequences at once and leaves, sometimes in the middle; commands that end or stop a server are left out of
+the dictionary. After each batch PING must be answered within five seconds. Memory is compared after the first tenth and
+at the end: what leaks a few bytes a sequence would be seen.
 """
 
 from __future__ import annotations
