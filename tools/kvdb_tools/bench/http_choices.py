@@ -55,7 +55,9 @@ def run(settings: Settings) -> Result:
     result.rows.append([f"{N_CHOICES} choices, asked again", *again])
     separate = N_CHOICES * single[0]
     result.rows.append([f"{N_CHOICES} requests without kvdb (computed)", separate, N_CHOICES * single[1]])
-    result.notes.append(f"{N_CHOICES} choices take {several[0] / single[0]:.2f} times as long as one")
+    factor = several[0] / single[0]
+    result.claims.append((f"{N_CHOICES} choices take {factor:.2f} times as long as one", factor < N_CHOICES / 2))
+    result.claims.append((f"their prompt was computed once: {several[1]:,} tokens", several[1] == single[1]))
     result.bars = Bars(
         "seconds",
         ["time"],
