@@ -21,7 +21,7 @@ from typing import Any
 
 import msgpack
 
-from kvdb.errors import KvdbError, WrongTypeError
+from kvdb.errors import CorruptError, KvdbError, WrongTypeError
 from kvdb.store.committer import Committer, Frozen
 from kvdb.store.entries import (
     DATABASES,
@@ -34,6 +34,7 @@ from kvdb.store.entries import (
     StringRef,
     decode_entry,
     decode_key,
+    is_whole,
     key_hash,
     name_db,
     name_hash,
@@ -159,7 +160,7 @@ class Keyspace:
         # Session uid -> where its entry was put last. An entry that was overwritten leaves a stale item behind, so
         # every use looks at the entry itself.
         self._sessions: dict[bytes, tuple[int, bytes]] = {
-            uid: tuple(msgpack.unpackb(value)) for uid, value in self._reader.scan(Table.SESSIONS)
+            uid: tuple(msgpack.unpackb(value)) for uid, value in self._reader.scan(Table.SESSIONS, damaged=b"") if value
         }
 
     # Reading
@@ -198,7 +199,10 @@ class Keyspace:
         """Whether a key holds something."""
         entry: Entry | None = self._maps[db].get(key, _MISSING)
         if entry is _MISSING:
-            entry = self._fetch(db, key)
+            try:
+                entry = self._fetch(db, key)
+            except CorruptError:
+                return True  # its row in the index is damaged: it can be deleted and set again
         if entry is not None and entry[1] and entry[1] <= self._clock():
             self._expire(db, key)
             return False
@@ -343,11 +347,12 @@ class Keyspace:
         if any(layer is not None and db in layer.cleared for layer in (self._frozen, self._active)):
             return []
         names: list[tuple[int, bytes]] = []
-        for name, data in self._reader.scan(Table.KEYS, u16(db) + u64(cursor), u16(db)):
+        for name, data in self._reader.scan(Table.KEYS, u16(db) + u64(cursor), u16(db), damaged=b""):
             number = name_hash(name)
             if len(names) > count and number != names[-1][0]:
                 break
-            names.append((number, decode_key(name, data)))
+            if data or is_whole(name):  # a damaged row is listed too: its key answers CORRUPT
+                names.append((number, decode_key(name, data)))
         return names
 
     def _ordered_from(self, layer: _Layer, db: int, cursor: int, count: int) -> list[tuple[int, bytes]]:
@@ -383,12 +388,15 @@ class Keyspace:
             entry = self._maps[db].get(key)
             if entry is not None and entry[1] == ms:
                 self._expire(db, key)
-        for name, _ in self._reader.scan(Table.EXPIRES):
+        for name, _ in self._reader.scan(Table.EXPIRES, damaged=b""):
             ms = from_u64(name[:8])
             if ms > now_ms or len(self._expired) >= limit:
                 break
             db = name_db(name[8:])
-            data = self._reader.get(Table.KEYS, name[8:])
+            try:
+                data = self._reader.get(Table.KEYS, name[8:])
+            except CorruptError:
+                continue  # the key answers CORRUPT until it is set, deleted or repaired
             if data is None:
                 continue
             key = decode_key(name[8:], data)

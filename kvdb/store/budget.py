@@ -151,6 +151,8 @@ class Budget:
             and isinstance(entry.value, SnapshotValue)
             and entry.value.id == snapshot_id
             and not entry.value.pinned
+            # PERSIST may have come since it was chosen.
+            and (entry.expire_ms > 0 or not self.policy.startswith("volatile"))
         )
 
 

@@ -249,7 +249,7 @@ class Committer:
             sweep(txn, this.work, self._holds)
             # Large strings of this very round may lie in a segment that was reserved after `busy` was taken.
             settle(txn, this.work, this.busy | self._segments.busy())
-            self._files.commit(txn.raw.commit)
+            txn.commit(self._files.commit)
         except BaseException:
             txn.raw.abort()
             this.work = Work()

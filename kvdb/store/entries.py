@@ -206,9 +206,14 @@ def decode_entry(data: bytes) -> Entry:
     raise FormatError(f"entries of type {kind.name} are not stored by this version")
 
 
+def is_whole(name: bytes) -> bool:
+    """Whether a row of table KEYS has all of the user's key in its own key."""
+    return len(name) - _KEY_AT <= KEY_INLINE_BYTES
+
+
 def decode_key(name: bytes, data: bytes) -> bytes:
     """The user's key of a row of table KEYS."""
-    if len(name) - _KEY_AT <= KEY_INLINE_BYTES:
+    if is_whole(name):
         return name[_KEY_AT:]
     key: bytes = msgpack.unpackb(data)[3]
     return key

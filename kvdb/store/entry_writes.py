@@ -41,15 +41,16 @@ def write_entry(txn: Txn, work: Work, db: int, key: bytes, entry: Entry | None) 
     name = name_key(db, key)
     data = txn.get(Table.KEYS, name)
     old = None if data is None else decode_entry(data)
+    existed = data is not None or txn.has(Table.KEYS, name)  # its row may be damaged
     if entry is None:
-        if old is None:
+        if not existed:
             return
         txn.delete(Table.KEYS, name)
     else:
         txn.put(Table.KEYS, name, encode_entry(key, entry))
     _move_string(txn, work, name, old, entry)
-    if (old is None) != (entry is None):
-        work.count_key(db, 1 if old is None else -1)
+    if existed != (entry is not None):
+        work.count_key(db, -1 if existed else 1)
     old_ms, new_ms = old.expire_ms if old else 0, entry.expire_ms if entry else 0
     if old_ms != new_ms:
         if old_ms:

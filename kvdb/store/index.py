@@ -3,12 +3,19 @@
 This file knows the tables and their keys; rows.py knows the values. Keys are sortable bytes: numbers are big-endian.
 One thread writes (committer.py). LMDB commits are copy-on-write and synced, so the index is always at the state of
 some whole commit.
+
+Every value is followed by a crc32c (u32 little-endian) of the table's number, the key and the value; a row that fails
+it is never used. META "txn" names the last transaction that changed anything. What LMDB itself takes on trust, its
+pages, is checked by index_pages.py: the meta pages whenever the index is opened to be served, all of it by VERIFY.
+An index of format 1, which had neither, is rewritten when it is opened to be served and can be read without.
 """
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -16,15 +23,22 @@ from typing import Any
 
 import lmdb
 import msgpack
+from google_crc32c import extend
 
-from kvdb.errors import KvdbError
+from kvdb.errors import CorruptError, KvdbError
 from kvdb.store.errors import as_kvdb_error
+from kvdb.store.index_pages import check_pages, check_stamps
 from kvdb.store.rows import ModelRow, PageRow, SegmentRow, SnapshotRow, pack
+from kvdb_protocol.errors import FormatError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WITHOUT_CHECKSUMS = 1
 # The file is sparse and grows with its content; the map only reserves addresses. Growing a map while readers are open
 # is not allowed by LMDB, so it is taken large once.
 MAP_BYTES = 1 << 40
+STAMP = b"txn"
+_FORMAT = b"format"
+_TRIES = 20
 
 
 class Table(IntEnum):
@@ -91,26 +105,85 @@ def from_end_key(data: bytes) -> tuple[bytes, int, bytes, bytes]:
     return prefix, n_tail, tail_hash, snapshot_id
 
 
-class Txn:
-    """A transaction with the tables at hand. Values returned are copies and outlive it."""
+CRC_BYTES = 4
+_TABLE_CRC = [extend(0, bytes([table])) for table in Table]
 
-    def __init__(self, txn: lmdb.Transaction, tables: Sequence[Any]) -> None:
+
+def seal(table: Table, key: bytes, value: bytes) -> bytes:
+    """A value as it is stored."""
+    crc: int = extend(extend(_TABLE_CRC[table], key), value)
+    return value + crc.to_bytes(CRC_BYTES, "little")
+
+
+def unseal(table: Table, key: bytes, stored: bytes) -> bytes:
+    """Inverse of seal. Raises CorruptError."""
+    value = stored[:-CRC_BYTES]
+    if extend(extend(_TABLE_CRC[table], key), value) != int.from_bytes(stored[-CRC_BYTES:], "little"):
+        raise CorruptError(f"a row of table {table.name.lower()} of the index fails its checksum: run kvdb-check")
+    return value
+
+
+class Txn:
+    """A transaction with the tables at hand. Values returned are copies and outlive it.
+
+    Reading a damaged row raises CorruptError; when `damaged` is a list, the row is added there and taken as missing,
+    but for tables in `strict`: whoever changes a counter must know it.
+    """
+
+    def __init__(self, txn: lmdb.Transaction, tables: Sequence[Any], is_sealed: bool = True) -> None:
         # Any: py-lmdb types keys and values as bytes or memoryview, and without `buffers` they are bytes.
         self.raw: Any = txn
         self._tables = tables
+        self._is_sealed = is_sealed
+        self._changed = [False]  # shared with child transactions
+        self.damaged: list[tuple[Table, bytes]] | None = None
+        self.strict: frozenset[Table] = frozenset()
+
+    def child(self, txn: lmdb.Transaction) -> Txn:
+        """A transaction within this one."""
+        made = Txn(txn, self._tables, self._is_sealed)
+        made._changed, made.damaged, made.strict = self._changed, self.damaged, self.strict
+        return made
 
     def get(self, table: Table, key: bytes) -> bytes | None:
         """The value of a key, or None."""
-        value: bytes | None = self.raw.get(key, None, self._tables[table])
-        return value
+        stored: bytes | None = self.raw.get(key, None, self._tables[table])
+        return None if stored is None else self.opened(table, key, stored)
+
+    def opened(self, table: Table, key: bytes, stored: bytes) -> bytes | None:
+        """A stored value, checked: for users of a bare cursor."""
+        if not self._is_sealed:
+            return stored
+        try:
+            return unseal(table, key, stored)
+        except CorruptError:
+            if self.damaged is None or table in self.strict:
+                raise
+            self.damaged.append((table, key))
+            return None
+
+    def has(self, table: Table, key: bytes) -> bool:
+        """Whether there is such a row, damaged or not."""
+        return self.raw.get(key, None, self._tables[table]) is not None
 
     def put(self, table: Table, key: bytes, value: bytes) -> None:
         """Set a key."""
-        self.raw.put(key, value, db=self._tables[table])
+        self._changed[0] = True
+        self.raw.put(key, seal(table, key, value), db=self._tables[table])
 
     def delete(self, table: Table, key: bytes) -> bool:
         """Remove a key; False if it was not there."""
+        self._changed[0] = True
         return bool(self.raw.delete(key, db=self._tables[table]))
+
+    def commit(self, through: Callable[[Callable[[], None]], None] | None = None) -> None:
+        """Commit a write transaction. through: what runs LMDB's commit (Files.commit)."""
+        if self._changed[0]:
+            self.put_meta(STAMP, self.raw.id())
+        if through is None:
+            self.raw.commit()
+        else:
+            through(self.raw.commit)
 
     def count(self, table: Table) -> int:
         """Number of keys in a table."""
@@ -123,29 +196,41 @@ class Txn:
 
     def first(self, table: Table, start: bytes) -> tuple[bytes, bytes] | None:
         """The first (key, value) at or after `start`."""
-        with self.raw.cursor(self._tables[table]) as cursor:
-            return cursor.item() if cursor.set_range(start) else None
+        return next(self.scan(table, start), None)
 
     def last(self, table: Table) -> tuple[bytes, bytes] | None:
         """The last (key, value) of a table."""
         with self.raw.cursor(self._tables[table]) as cursor:
-            return cursor.item() if cursor.last() else None
+            if not cursor.last():
+                return None
+            value = self.opened(table, cursor.key(), cursor.value())
+            return None if value is None else (cursor.key(), value)
 
-    def scan(self, table: Table, start: bytes = b"", prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+    def scan(
+        self, table: Table, start: bytes = b"", prefix: bytes = b"", *, damaged: bytes | None = None
+    ) -> Iterator[tuple[bytes, bytes]]:
         """(key, value) in order, from `start` (or the prefix), while keys begin with `prefix`.
 
-        The table must not be changed while the iterator is used.
+        The table must not be changed while the iterator is used. damaged: what to give for the value of a row that
+        fails its checksum, instead of raising CorruptError.
         """
         with self.raw.cursor(self._tables[table]) as cursor:
             if not cursor.set_range(start or prefix):
                 return
-            for key, value in cursor:
+            for key, stored in cursor:
                 if not key.startswith(prefix):
                     return
-                yield key, value
+                try:
+                    value = self.opened(table, key, stored)
+                except CorruptError:
+                    if damaged is None:
+                        raise
+                    value = damaged
+                if value is not None:
+                    yield key, value
 
     def cursor(self, table: Table) -> Any:
-        """A bare cursor, for loops that seek."""
+        """A bare cursor, for loops that seek. Its values go through `opened`."""
         return self.raw.cursor(self._tables[table])
 
     # Typed access to the tables that most code uses.
@@ -207,53 +292,128 @@ class Index:
         if read_only and not (path / "data.mdb").exists():
             raise KvdbError(f"{path} holds no index: not a kvdb data directory")
         path.mkdir(parents=True, exist_ok=True)
-        self._env = _open_env(path, read_only)
         self.path = path
+        self._check_metas(_TRIES if read_only else 1)
+        self._env = _open_env(path, read_only)
         try:
             self._tables = self._open_tables(read_only)
         except BaseException:
             self._env.close()
             raise
 
+    def _check_metas(self, tries: int) -> None:
+        """Refuse an index whose meta pages are damaged: LMDB would serve an older state, or crash.
+
+        Several tries where a daemon may write meanwhile.
+        """
+        try:
+            fd = os.open(self.path / "data.mdb", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            while os.fstat(fd).st_size:  # LMDB makes the file before it fills it
+                try:
+                    return check_stamps(lambda offset, n_bytes: os.pread(fd, n_bytes, offset), _stamp)
+                except FormatError as error:
+                    tries -= 1
+                    if not tries:
+                        message = f"the index {self.path} is damaged: {error}; go back to a backup"
+                        raise CorruptError(message) from error
+                time.sleep(0.01)
+        finally:
+            os.close(fd)
+
+    def check_pages(self, txn: Txn) -> None:
+        """Walk every page that a read transaction sees. Raises CorruptError."""
+        fd = os.open(self.path / "data.mdb", os.O_RDONLY | os.O_CLOEXEC)
+
+        def read(offset: int, n_bytes: int) -> bytes:
+            return os.pread(fd, n_bytes, offset)
+
+        try:
+            check_pages(read, txn.raw.id(), {table.name.lower().encode(): table for table in Table})
+        except FormatError as error:
+            raise CorruptError(f"the pages of the index: {error}") from error
+        finally:
+            os.close(fd)
+
     def _open_tables(self, read_only: bool) -> list[Any]:
         names = [table.name.lower().encode() for table in Table]
         if not read_only:
             self._env.reader_check()  # slots of readers that were killed would keep old pages alive
+            self._refuse_unknown(names)
             # Also on an old index: a table that a newer version of this program added is created empty. One
             # transaction for all: each commit waits for the disk twice.
-            with self._env.begin(write=True) as txn:
-                tables = [self._env.open_db(name, txn=txn) for name in names]
-                if txn.get(b"format", db=tables[Table.META]) is None:
-                    txn.put(b"format", msgpack.packb(FORMAT_VERSION), db=tables[Table.META])
+            with self._env.begin(write=True) as raw:
+                tables = [self._env.open_db(name, txn=raw) for name in names]
+                found = _format(raw, tables)
+                if found is None and any(raw.stat(table)["entries"] for table in tables):
+                    raise CorruptError(f"the index {self.path} does not say its format: it is damaged")
+                if found is None or found == _WITHOUT_CHECKSUMS:
+                    self._make_current(raw, tables)
         else:
             try:
                 tables = [self._env.open_db(name, create=False) for name in names]
             except lmdb.NotFoundError as error:
                 raise KvdbError(f"{self.path} is not a kvdb index: {error}") from error
-        with self._env.begin(db=tables[Table.META]) as txn:
-            found = msgpack.unpackb(txn.get(b"format") or b"\xc0")
-        if found != FORMAT_VERSION:
-            raise KvdbError(f"{self.path} has format {found}; this program reads format {FORMAT_VERSION}")
+        with self._env.begin() as raw:
+            found = _format(raw, tables)
+        if found not in (FORMAT_VERSION, _WITHOUT_CHECKSUMS):
+            raise KvdbError(f"{self.path} has format {found}; this program reads formats up to {FORMAT_VERSION}")
+        self._is_sealed = found == FORMAT_VERSION
         return tables
+
+    def _refuse_unknown(self, names: Sequence[bytes]) -> None:
+        with self._env.begin() as raw, raw.cursor() as cursor:
+            unknown = [name for name in cursor.iternext(values=False) if name not in names]
+        if unknown:
+            raise CorruptError(
+                f"the index {self.path} has a table {unknown[0]!r} that this program does not know: it is damaged, or "
+                "of a newer version"
+            )
+
+    @staticmethod
+    def _make_current(raw: lmdb.Transaction, tables: Sequence[Any]) -> None:
+        """Give every row of an old (or new, empty) index its checksum."""
+        txn = Txn(raw, tables, is_sealed=False)
+        for table in Table:
+            for key, value in list(txn.scan(table)):
+                txn.put(table, key, value)
+        txn.put_meta(STAMP, raw.id())
+        txn.put_meta(_FORMAT, FORMAT_VERSION)
 
     def begin(self) -> Txn:
         """A read transaction that the caller ends with `txn.raw.abort()`."""
-        return Txn(self._env.begin(), self._tables)
+        return Txn(self._env.begin(), self._tables, self._is_sealed)
 
     @contextmanager
     def read(self) -> Iterator[Txn]:
         """A short read transaction: a consistent view of the last commit."""
         with self._env.begin() as txn:
-            yield Txn(txn, self._tables)
+            yield Txn(txn, self._tables, self._is_sealed)
 
     def begin_write(self, parent: Txn | None = None) -> Txn:
-        """A write transaction, or a child of one, that the caller commits or aborts through `txn.raw`."""
-        return Txn(self._env.begin(write=True, parent=parent.raw if parent else None), self._tables)
+        """A write transaction, ended by `commit` or `raw.abort`; or a child of one, ended through `raw`.
+
+        It takes damaged rows as missing, so that one of them does not stop every later write. Nothing is freed for
+        that: what such a row referred to stays until a repair.
+        """
+        if parent is not None:
+            return parent.child(self._env.begin(write=True, parent=parent.raw))
+        txn = Txn(self._env.begin(write=True), self._tables)
+        txn.damaged, txn.strict = [], frozenset({Table.META, Table.SEGMENTS, Table.PLACES})
+        return txn
 
     def copy(self, folder: Path) -> None:
         """Write the index as of the last commit to `folder`/data.mdb, without its free pages."""
         try:
             self._env.copy(str(folder), compact=True)
+            # The copy counts transactions anew; what its two meta pages lead to must name these.
+            with lmdb.open(str(folder), map_size=MAP_BYTES, max_dbs=1, lock=False) as env:
+                meta = env.open_db(b"meta")
+                for _ in range(2):
+                    with env.begin(write=True) as raw:
+                        raw.put(STAMP, seal(Table.META, STAMP, msgpack.packb(raw.id())), db=meta)
         except lmdb.Error as error:
             raise as_kvdb_error(error, "copy of the index") from error
 
@@ -265,6 +425,27 @@ class Index:
     def close(self) -> None:
         """Close the environment; no transaction may be open."""
         self._env.close()
+
+
+def _format(raw: lmdb.Transaction, tables: Sequence[Any]) -> int | None:
+    """The index's format; None if it is new. Raises CorruptError."""
+    stored = raw.get(_FORMAT, db=tables[Table.META])
+    if stored is None:
+        return None
+    value = (
+        stored if len(stored) <= CRC_BYTES else unseal(Table.META, _FORMAT, bytes(stored))
+    )  # format 1 has no checksum
+    return int(msgpack.unpackb(value))
+
+
+def _stamp(key: bytes, stored: bytes) -> int | None:
+    """The transaction that a row of META names (index_pages.check_stamps)."""
+    if key != STAMP:
+        return None
+    try:
+        return int(msgpack.unpackb(unseal(Table.META, key, stored)))
+    except CorruptError as error:
+        raise FormatError(str(error)) from error
 
 
 def _open_env(path: Path, read_only: bool) -> lmdb.Environment:
@@ -281,10 +462,10 @@ def _open_env(path: Path, read_only: bool) -> lmdb.Environment:
                 meminit=False,
                 max_spare_txns=8,
             )
-        except lmdb.MemoryError:
+        except lmdb.MemoryError as error:
             # A machine with an address-space limit: a smaller map still holds a large index.
             if map_bytes < 1 << 30:
-                raise
+                raise KvdbError(f"cannot map the index {path}: {error}") from error
             map_bytes //= 4
         except lmdb.Error as error:
             raise KvdbError(f"cannot open the index {path}: {error}") from error

@@ -17,6 +17,8 @@ from kvdb.store.index import Table, Txn, from_end_key
 from kvdb_protocol.ids import extend_prefix, root_prefix
 from kvdb_protocol.layout import Layout
 
+NO_MODEL = msgpack.packb([-1])
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -121,7 +123,7 @@ def _at_level(
             found = cursor.set_range(wanted)
             while found and cursor.key().startswith(wanted):
                 snapshot_id = from_end_key(cursor.key())[3]
-                model = msgpack.unpackb(cursor.value())[0]
+                model = msgpack.unpackb(txn.opened(Table.ENDS, cursor.key(), cursor.value()) or NO_MODEL)[0]
                 longer = best is None or best.n_tokens < first + n_tail
                 if model in models and usable(snapshot_id) and (longer or model == own):
                     best = Match(snapshot_id, first + n_tail, model == own)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from kvdb.store.entries import DATABASES, Entry, decode_entry, decode_key, name_db, referenced_snapshot
-from kvdb.store.index import Index, Table, Txn, from_u64, u64
+from kvdb.store.index import Index, Table, Txn, from_place_key, from_u64, u64
+from kvdb.store.rows import PlaceRow, SegmentRow
 from kvdb.store.segments import segment_name
 from kvdb.store.verify import Contents, count_refs, derived_rows, key_rows, live_bytes, load
 from kvdb.store.work import size_name
@@ -27,17 +28,18 @@ def repair(index: Index, damaged: Collection[bytes]) -> list[str]:
     except BaseException:
         txn.raw.abort()
         raise
-    txn.raw.commit()
+    txn.commit()
     return said
 
 
 def _repair(txn: Txn, damaged: set[bytes]) -> list[str]:
+    said = _drop_damaged_rows(txn)
     contents = load(txn)
     damaged |= {page_id for page_id, row in contents.pages.items() if row.model not in contents.models}
     damaged |= {key for key, row in contents.snapshots.items() if row.model not in contents.models}
     damaged |= _outside(contents)
     lost = contents.hurt_by(damaged)
-    said = _drop_keys(txn, lost | damaged, contents)
+    said += _drop_keys(txn, lost | damaged, contents)
     for snapshot_id in sorted(lost):
         row = contents.snapshots.pop(snapshot_id)
         txn.delete(Table.SNAPSHOTS, snapshot_id)
@@ -47,6 +49,39 @@ def _repair(txn: Txn, damaged: set[bytes]) -> list[str]:
     contents.named_by, contents.strings = left.named_by, left.strings
     _rebuild(txn, contents, said)
     return said
+
+
+def _drop_damaged_rows(txn: Txn) -> list[str]:
+    """Rows that fail their checksum. What they said follows from others, or is lost."""
+    rows: list[tuple[Table, bytes]] = []
+    txn.damaged, txn.strict = rows, frozenset()
+    for table in Table:
+        for _ in txn.scan(table):
+            pass
+    found = set(rows)
+    txn.damaged = None
+    for table, key in found:
+        txn.delete(table, key)
+    said = [f"dropped a row of table {table.name.lower()} that failed its checksum" for table, _ in sorted(found)]
+    if any(table is Table.SEGMENTS for table, _ in found):
+        _restore_segments(txn)
+    if any(table is Table.META for table, _ in found):
+        txn.put_meta(b"next_model", 1 + max((row.number for row in txn.models().values()), default=0))
+        txn.put_meta(b"next_segment", 1 + max(txn.segments(), default=0))
+    return said
+
+
+def _restore_segments(txn: Txn) -> None:
+    """Rows of segments that live records lie in: they end where the last of these does."""
+    ends: dict[int, tuple[int, int]] = {}
+    for key, value in txn.scan(Table.PLACES):
+        segment_id, offset = from_place_key(key)
+        n_bytes = PlaceRow.decode(value).record_bytes
+        _, live = ends.get(segment_id, (0, 0))
+        ends[segment_id] = (offset + n_bytes, live + n_bytes)
+    for segment_id, (end, live) in ends.items():
+        if txn.segment(segment_id) is None:
+            txn.put_segment(segment_id, SegmentRow(0, end, live, untidy=True))
 
 
 def _outside(contents: Contents) -> set[bytes]:

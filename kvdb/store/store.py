@@ -157,7 +157,7 @@ class Store:
                 row = txn.segment(segment_id)
                 if row is not None:
                     txn.put_segment(segment_id, row._replace(untidy=False))
-            self._files.commit(txn.raw.commit)
+            txn.commit(self._files.commit)
         except (OSError, lmdb.Error) as error:
             txn.raw.abort()
             log.warning("segments stay marked as untidy: %s", error)

@@ -134,8 +134,19 @@ def verify(
     bytes_per_s: reading rate, 0 for as fast as possible. progress: called with (bytes done, bytes in all).
     """
     with index.read() as txn:
+        try:
+            index.check_pages(txn)
+        except CorruptError as error:
+            # LMDB would follow the damage anywhere, out of the file too: no row can be asked for.
+            yield Finding("index", str(error))
+            return
+        txn.damaged = []
         contents = load(txn)
         findings = list(check_index(txn, contents))
+        findings += [
+            Finding("index", f"a row of table {table.name.lower()} fails its checksum: {key.hex()}")
+            for table, key in sorted(set(txn.damaged))
+        ]
     yield from findings
     for segment_id, row in contents.segments.items():
         problem = _check_segment(folder, files, segment_id, row)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvdb.store.entries import Entry, EntryType, encode_entry, name_key
-from kvdb.store.index import Table
+from kvdb.store.index import Table, seal
 from kvdb_protocol.archive import Archive, encode_head
 from kvdb_protocol.frames import encode_frame
 from kvdb_protocol.ids import extend_prefix, root_prefix
@@ -50,6 +50,7 @@ def written() -> dict[str, bytes]:
         "entry": encode_entry(b"k", Entry(EntryType.STRING, 5, b"v")),
         "archive": encode_head(Archive("m", b"", b"", b"", 5, 7, 9, 1))[:48],
         "frame": encode_frame({"a": 1}),
+        "seal": seal(Table.KEYS, b"key", b"value"),
     }
 
 

@@ -140,6 +140,23 @@ async def test_volatile_spares_keys_without_expiry(store: Store) -> None:
         await put_snapshot(store, b"more", tokens(2 * PAGE, seed=51))
 
 
+async def test_a_key_that_lost_its_expiry_since_it_was_chosen_stays(store: Store, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    await fill(store, 2, FAR)
+    limit(store, "volatile-lru")
+    plan = store.budget._plan
+
+    def persist_meanwhile(*arguments):  # type: ignore[no-untyped-def]
+        chosen = plan(*arguments)
+        for db, key in (name for eviction in chosen for name in eviction.names):
+            store._loop.call_soon_threadsafe(store.keyspace.expire_at, db, key, None)
+        return chosen
+
+    monkeypatch.setattr(store.budget, "_plan", persist_meanwhile)
+    with pytest.raises(NoSpaceError, match="nothing may be evicted"):
+        await put_snapshot(store, b"new", tokens(4 * PAGE, seed=50))
+    assert keys(store) == {b"a0", b"a1"}
+
+
 async def test_protected_snapshots_stay(store: Store) -> None:
     ids = await fill(store, 4)
     pinned = store.keyspace.get(0, b"a0")

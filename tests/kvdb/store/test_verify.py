@@ -228,7 +228,7 @@ def test_damage_of_the_index_is_found_and_repaired(filled: Filled, damage) -> No
     with index_of(filled.folder) as index:
         txn = index.begin_write()
         damage(txn, filled)
-        txn.raw.commit()
+        txn.commit()
     assert findings(filled.folder)
     if damage is not journal_gap:  # a gap is a fact that no repair can fill: reading that session says so
         assert repaired(filled.folder)
