@@ -225,13 +225,13 @@ class Receipt:
         incoming = await server.store.receiver.begin(self._string.n_bytes)
         try:
             while not self._is_given_up:
+                if self._has_ended:
+                    await incoming.finish(self._take(), self._string)
+                    return
                 if self._pieces:
                     pieces = self._take()
                     self._client.resume_receiving()
                     await incoming.write(pieces)
-                elif self._has_ended:
-                    await incoming.finish(self._string)
-                    return
                 else:
                     self._news.clear()
                     await self._news.wait()

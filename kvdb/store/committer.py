@@ -9,7 +9,7 @@ One round is in flight at a time. It takes the keyspace overlay and every item s
                                                          On a full disk: once more with the ballast's space, and
                                                          without the items that wrote records
     4. on the event loop: readers see the commit, futures are resolved
-    5. freed ranges are punched, empty segments unlinked
+    5. freed ranges are punched, empty segments unlinked: after some rounds at a time
 
 Steps 1 to 3 and 5 run in the commit thread. What arrives meanwhile waits for the next round, so a busy store commits
 many commands with each sync, and an idle one commits at once.
@@ -37,6 +37,7 @@ from kvdb.store.work import Extent, Work, settle
 DISK_FULL = "the disk is full: free space or delete keys, then retry"
 
 RETRY_S = 1.0
+TIDY_S = 0.1
 
 T = TypeVar("T")
 ItemFunction = Callable[[Txn, Work], T]
@@ -112,6 +113,9 @@ class Committer:
         self._running: asyncio.Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "kvdb-commit")
         self._is_closed = False
+        self._freed: list[Extent] = []  # not given back yet
+        self._emptied: list[int] = []
+        self._tidying: asyncio.TimerHandle | None = None
         self.rounds = 0
         with index.read() as txn:
             rows = txn.segments().values()
@@ -150,6 +154,20 @@ class Committer:
         while self._running is not None:
             await asyncio.shield(self._running)
 
+    def _tidy_soon(self) -> None:
+        """Punching makes the next sync slower, so what clients overwrite and delete is given back in batches."""
+        if self._tidying is None and (self._freed or self._emptied or self._segments.pins.are_late):
+            self._tidying = self._loop.call_later(TIDY_S, self._tidy)
+
+    def _tidy(self) -> None:
+        if self._tidying is not None:
+            self._tidying.cancel()
+            self._tidying = None
+        freed, self._freed = self._freed, []
+        emptied, self._emptied = self._emptied, []
+        if freed or emptied or self._segments.pins.are_late:
+            self._thread.submit(self._segments.tidy, freed, emptied)
+
     def in_thread(self, function: Callable[[], None]) -> None:
         """Run something between two rounds, in the commit thread."""
         self._thread.submit(function)
@@ -157,6 +175,7 @@ class Committer:
     def close(self) -> None:
         """Stop the commit thread; `idle` must have returned."""
         self._is_closed = True
+        self._tidy()
         self._thread.shutdown(wait=True)
 
     def _start(self) -> None:
@@ -195,8 +214,12 @@ class Committer:
                 item.future.set_result(item.result)
         if this.error is not None:
             this.work.freed += this.dropped
-        if this.work.freed or this.work.unlinked or self._segments.pins.are_late:
-            self._thread.submit(self._segments.tidy, this.work.freed, this.work.unlinked)
+        self._freed += this.work.freed
+        self._emptied += this.work.unlinked
+        if this.overlay is not None:
+            self._tidy_soon()
+        else:
+            self._tidy()
         if self._waiting or self._wanted:
             self._loop.call_soon(self._start)
         else:

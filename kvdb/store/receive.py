@@ -84,9 +84,9 @@ class Incoming:
         """The next bytes. Raises KvdbError."""
         await self._in_thread(partial(self._write, pieces))
 
-    async def finish(self, string: HeldString) -> None:
-        """All bytes are there: `string` stands for them now. Raises KvdbError."""
-        await self._in_thread(partial(self._finish, string))
+    async def finish(self, pieces: Sequence[bytes], string: HeldString) -> None:
+        """The last bytes: `string` stands for all of them now. Raises KvdbError."""
+        await self._in_thread(partial(self._finish, pieces, string))
         self._receiver.free(self._writer)
 
     async def abandon(self) -> None:
@@ -127,7 +127,8 @@ class Incoming:
             raise
         self._synced = self._sums.n_bytes
 
-    def _finish(self, string: HeldString) -> None:
+    def _finish(self, pieces: Sequence[bytes], string: HeldString) -> None:
+        self._write(pieces)
         segments, reservation = self._receiver.segments, self._reservation
         head, ref = self._sums.end(reservation.segment_id, reservation.offset)
         self._files.write(self._fd, padding(ref.n_bytes), ref.offset + HEADER_BYTES + ref.n_bytes)

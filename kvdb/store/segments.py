@@ -131,6 +131,14 @@ class Segments:
             self._active[writer] = made
         return Reservation(made.id, self.path(made.id), made.position, made.created_ms)
 
+    def reserve_open(self, writer: str, n_bytes: int) -> Reservation | None:
+        """The same without file I/O: None if the writer has no segment with room for `n_bytes`."""
+        with self._lock:
+            current = self._active.get(writer)
+            if current is None or not self._has_room(current, n_bytes):
+                return None
+            return Reservation(current.id, self.path(current.id), current.position, current.created_ms)
+
     def _has_room(self, segment: _Open, n_bytes: int) -> bool:
         if segment.id in self._abandoned:
             return False

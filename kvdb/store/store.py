@@ -254,6 +254,8 @@ class Store:
             if self.write_error is not None:
                 raise self.write_error
         await self.budget.make_room(n_bytes_hint)
+        if n_bytes_hint and (reserved := self._segments.reserve_open(writer, n_bytes_hint)) is not None:
+            return reserved
         try:
             return await self._loop.run_in_executor(self._pool, self._segments.reserve, writer, n_bytes_hint)
         except OSError as error:
@@ -499,7 +501,8 @@ class Store:
         """Begin to read a string that is held. Raises CorruptError."""
         reader = StringReader(self._segments.folder, self._files, place_of(value))
         try:
-            await self._loop.run_in_executor(self._pool, reader.open)
+            if not reader.open_cached():
+                await self._loop.run_in_executor(self._pool, reader.open)
         except BaseException:
             reader.close()
             raise

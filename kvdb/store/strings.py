@@ -8,6 +8,7 @@ there for its round, which syncs the segment first. A record may belong to sever
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -216,21 +217,43 @@ class StringReader:
 
         For an entry without checksums of its pieces this reads the whole string.
         """
-        ref = self.ref
-        try:
-            self._fd = self._files.open(self._place.path, write=False)
-            header = decode_header(self._files.read(self._fd, HEADER_BYTES, ref.offset))
-            if (header.type, header.id16, header.payload_bytes) != (RecordType.STRING, ref.id16, ref.n_bytes):
-                raise FormatError("another record lies there")
-            self._payload_crc = header.payload_crc
+        with self._named():
+            self._open()
+            self._check_header(self._files.read(self._fd, HEADER_BYTES, self.ref.offset))
             if not self._crcs:
-                self._crcs = header.payload_crc.to_bytes(4, "little") if self.n_pieces == 1 else self._sum_up().crcs
+                one = self._payload_crc.to_bytes(4, "little")
+                self._crcs = one if self.n_pieces == 1 else self._sum_up().crcs
+
+    def open_cached(self) -> bool:
+        """The same if it need not wait for a disk; False if it must. Raises CorruptError."""
+        with self._named():
+            self._open()
+            head = self._files.read_cached(self._fd, HEADER_BYTES, self.ref.offset)
+            if head is None or not self._crcs:
+                return False
+            self._check_header(head)
+            return True
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
         except FileNotFoundError as error:
             raise CorruptError(f"{self._place.words}: the segment file is missing") from error
         except FormatError as error:
             raise CorruptError(f"{self._place.words}: {error}") from error
         except OSError as error:
             raise as_kvdb_error(error, self._place.words) from error
+
+    def _open(self) -> None:
+        if self._fd < 0:
+            self._fd = self._files.open(self._place.path, write=False)
+
+    def _check_header(self, head: Piece) -> None:
+        ref, header = self.ref, decode_header(head)
+        if (header.type, header.id16, header.payload_bytes) != (RecordType.STRING, ref.id16, ref.n_bytes):
+            raise FormatError("another record lies there")
+        self._payload_crc = header.payload_crc
 
     def check_whole(self) -> None:
         """Open, read everything, and compare it with the record's id, too. Raises CorruptError."""

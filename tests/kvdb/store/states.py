@@ -188,7 +188,7 @@ async def receive(store: Store, value: bytes, piece_bytes: int = 70_000) -> Held
     try:
         for at in range(0, len(value), piece_bytes):
             await incoming.write([value[at : at + piece_bytes]])
-        await incoming.finish(held)
+        await incoming.finish([], held)
     except BaseException:
         await incoming.abandon()
         raise
