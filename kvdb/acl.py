@@ -287,10 +287,10 @@ def refused(user: User, command: Command, request: Request) -> tuple[str, bytes]
         return "command", wire_name(command).encode()
     first, last, step = command.keys
     if first:
-        flags = command.flag_set
         stop = last + 1 if last > 0 else len(request) + last + 1
-        for key in request[first:stop:step]:
-            if not _may_touch(user, key, reads=_reads(command), writes="write" in flags):
+        for number, key in enumerate(request[first:stop:step]):
+            reads, writes = _access(command, number, request)
+            if not _may_touch(user, key, reads=reads, writes=writes):
                 return "key", key
     if command.name in ("SUBSCRIBE", "PSUBSCRIBE", "PUBLISH"):
         named = request[1:2] if command.name == "PUBLISH" else request[1:]
@@ -306,15 +306,38 @@ def _channel_matches(glob: bytes, channel: bytes, command: str) -> bool:
     return glob == b"*" if command == "PSUBSCRIBE" else matches(glob, channel)
 
 
-# Writes that answer nothing of the old value: %W~ is enough for them.
+# What commands do with their keys, as in Redis' key specifications. Writes that answer nothing of the old value: %W~ is
+# enough.
 _BLIND_WRITES = frozenset(
     {"SET", "MSET", "SETEX", "PSETEX", "SETNX", "MSETNX", "DEL", "UNLINK", "EXPIRE", "PEXPIRE", "EXPIREAT", "PEXPIREAT",
-     "PERSIST", "HSET", "HMSET", "HDEL", "HSETNX", "ZADD", "ZREM", "APPEND", "SETRANGE"}
+     "PERSIST", "HSET", "HMSET", "HDEL", "HSETNX", "ZADD", "ZREM", "ZREMRANGEBYRANK", "ZREMRANGEBYSCORE",
+     "ZREMRANGEBYLEX", "APPEND", "SETRANGE"}
 )  # fmt: skip
+# What is not about a value's content: any pattern will do.
+_LOOKS = frozenset(
+    {"EXISTS", "TYPE", "TTL", "PTTL", "EXPIRETIME", "PEXPIRETIME", "TOUCH", "WATCH", "STRLEN", "HLEN", "HEXISTS",
+     "HSTRLEN", "ZCARD"}
+)  # fmt: skip
+# The first key is read, the others are written.
+_COPIES = frozenset({"COPY", "SNAPSHOT", "RESTORE", "FORK"})
+_MOVES = frozenset({"RENAME", "RENAMENX"})
 
 
-def _reads(command: Command) -> bool:
-    return command.name not in _BLIND_WRITES
+def _access(command: Command, number: int, request: Request) -> tuple[bool, bool]:
+    """Whether a request reads and whether it writes its key of this number, counted from 0."""
+    name = command.name
+    if name in _COPIES:
+        return number == 0, number > 0
+    if name in _MOVES:
+        return number == 0, True
+    if name == "ZRANGESTORE":
+        return number > 0, number == 0
+    if name in _LOOKS:
+        return False, False
+    writes = "write" in command.flag_set
+    if name == "SET" and len(request) > 3:
+        return any(word.upper() == b"GET" for word in request[3:]), True
+    return name not in _BLIND_WRITES, writes
 
 
 def _may_touch(user: User, key: bytes, *, reads: bool, writes: bool) -> bool:
