@@ -66,11 +66,10 @@ class Quantised:
         return [self.codes, self.scales, self.scales if self.biases is None else self.biases]
 
     @property
-    def expert_codes(self) -> int | None:
-        """CODES_ of the expert kernels; None if they cannot read it."""
-        if not self.is_half:
-            return None
-        return {(2, "affine"): 0, (4, "affine"): 1, (4, "mxfp4"): 2}.get((self.bits, self.mode))
+    def expert_codes(self) -> int:
+        """CODES_ of the expert kernels; -1 if they cannot read it."""
+        known = {(2, "affine"): 0, (4, "affine"): 1, (4, "mxfp4"): 2}
+        return known.get((self.bits, self.mode), -1) if self.is_half else -1
 
     @property
     def halves(self) -> int:
@@ -448,7 +447,7 @@ class Fused:
     def experts(self, gate: Any, up: Any, down: Any, x: Array, ids: Array, share: Array, limit: float) -> Array | None:
         """Routed experts of 2 or 4 bits. x: (T, D) f32; ids, share: (T, k)."""
         weights = (gate, up, down)
-        if not all(isinstance(w, Quantised) and w.expert_codes is not None for w in weights) or not _like(gate, up):
+        if not all(isinstance(w, Quantised) and w.expert_codes >= 0 for w in weights) or not _like(gate, up):
             return None
         if x.shape[0] == 1:
             return self._experts_of_one(gate, up, down, x, ids, share, limit)

@@ -66,7 +66,7 @@ class BlockFloats:
         raw = np.ascontiguousarray(self.codes).view(np.uint8)
         if self.bits == 4:
             raw = np.stack([raw & 15, raw >> 4], axis=-1)
-        values = (E2M1 if self.bits == 4 else E4M3)[raw].reshape(*self.scales.shape, 32)
+        values: F32 = (E2M1 if self.bits == 4 else E4M3)[raw].reshape(*self.scales.shape, 32)
         powers = np.exp2(self.scales.astype(np.float32) - 127)[..., None]
         return np.ascontiguousarray((values * powers).reshape(*self.scales.shape[:-1], -1), np.float32)
 
@@ -239,7 +239,8 @@ class CompactTensor:
 
     def matrix(self, index: int) -> F32:
         """See Tensor."""
-        return self.values.dense()[index]
+        values: F32 = self.values.dense()[index]
+        return values
 
     def affine(self) -> AffineCodes | None:
         """See Tensor."""
@@ -285,7 +286,11 @@ def need(source: TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:
 
 def need_experts(source: TensorSource, layer: int, part: str, shape: tuple[int, ...]) -> Tensor:
     """The stacked experts of a layer; raises ModelError if they are missing or have another shape."""
-    return _checked(source, f"layers.{layer}.ffn.experts.*.{part}", source.find_experts(layer, part), shape)
+    tensor = source.find_experts(layer, part)
+    name = f"layers.{layer}.ffn.experts.*.{part}"
+    if tensor is not None and tensor.shape[0] < shape[0] and tensor.shape[1:] == shape[1:]:
+        name, tensor = name.replace("*", str(tensor.shape[0])), None
+    return _checked(source, name, tensor, shape)
 
 
 def _checked(source: TensorSource, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor:

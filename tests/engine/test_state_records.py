@@ -19,7 +19,7 @@ from kvdb_protocol.dsv4 import decode_payload, encode_payload
 from kvdb_protocol.layout import Codec, Part
 from kvdb_protocol.page import Page, decode_page
 from kvdb_protocol.tail import Tail, decode_tail
-from tests.engine.conftest import records
+from tests.engine.conftest import BACKEND, records
 
 Runs = Callable[[Engine, np.ndarray], State]
 Hash = Callable[[Engine, State], bytes]
@@ -113,6 +113,7 @@ def test_bad_tokens_and_full_contexts(nano: Engine) -> None:
     assert state.logits.shape == (2560,) and not state.logits.any()
 
 
+@pytest.mark.skipif(BACKEND != "numpy", reason="looks into numpy arrays")
 def test_nbytes_is_the_memory_that_a_state_keeps_alive(nano: Engine, stream: np.ndarray, prefilled: Runs) -> None:
     """No slice may keep the chunk alive that it was cut from, and rows are f16."""
     state = prefilled(nano, stream[:1030])
@@ -137,7 +138,7 @@ def test_rows_that_are_no_halves_stay_as_they_are(tiny: Engine, vectors: Vectors
     """ds4 on a GPU keeps the RoPE values of compressed rows in f32: nothing of such a payload may change."""
     payload = vectors.payload("prefill", tiny.info.config.ratios)
     state = tiny.load_dsv4(payload)
-    assert all(layer.window.dtype == np.float16 for layer in state.layers)
+    assert all("float16" in str(layer.window.dtype) for layer in state.layers)
     layer = next(number for number, ratio in enumerate(state.layout.ratios) if ratio)
     old = payload.layers[layer]
     rows = np.frombuffer(old.compressed, "<f4").copy()

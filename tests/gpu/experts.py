@@ -33,7 +33,8 @@ FORMS = (
 def stack(out: int, inner: int, bits: int, group: int, mode: str) -> Quantised:
     """Random codes for all experts."""
     shape = (FLASH.n_experts, out, inner)
-    codes = mx.random.bits((*shape[:2], inner * bits // 32))
+    words = (*shape[:2], inner * bits // 32)
+    codes = mx.random.randint(0, 1 << 16, words, mx.uint32) << 16 | mx.random.randint(0, 1 << 16, words, mx.uint32)
     if mode == "mxfp4":
         return Quantised(codes, mx.full((*shape[:2], inner // 32), 119, mx.uint8), None, 32, 4, mx.bfloat16, mode)
     scale = mx.full((*shape[:2], inner // group), 0.004, mx.bfloat16)
