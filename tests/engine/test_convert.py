@@ -17,7 +17,7 @@ from kvdb_engine.engine import Engine
 from kvdb_engine.errors import ModelError
 from kvdb_engine.fidelity import Vectors
 from kvdb_engine.quantise import quantise
-from kvdb_engine.recipe import Recipe, recipe_size, tensor_shapes
+from kvdb_engine.recipe import Recipe, tensor_shapes
 from tests.engine.checkpoints import CONFIG, stored, weights, write_folder
 from tests.engine.test_config import FLASH
 
@@ -178,7 +178,7 @@ def test_refusals_leave_nothing(source: Path, tmp_path: Path) -> None:
         convert(str(other), target)
     tensors = weights()
     del tensors["layers.2.ffn.experts.3.w2.weight"]
-    with pytest.raises(ModelError, match=r"experts\.\*\.w2"):
+    with pytest.raises(ModelError, match=r"experts\.3\.w2 is missing"):
         convert(str(write_folder(tmp_path / "short", stored(tensors))), target)
     (source / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="tokenizer"):

@@ -96,8 +96,7 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
         info = open_model(str(write_folder(tmp_path / str(number), stored(broken))))
         with pytest.raises(ModelError) as caught:
             Engine(info, backend_name="numpy")
-        part = name.removesuffix(".weight").replace("experts.3", "experts.*")
-        assert part in str(caught.value) and str(tmp_path) in str(caught.value)
+        assert name.removesuffix(".weight") in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
