@@ -8,8 +8,8 @@ arithmetic alone.
 Differences grow from rounding: where two implementations differ in the last bit of a value that lies on the border
 between two FP8 or FP4 codes, the stored row differs by a whole code, and later tokens see it; where that moves a router
 score across another one, a token gets another expert. The same happens between two ways of ours to compute the same
-tokens (one by one, in chunks, by numpy or MLX): how far these lie apart is the noise. Most likely tokens are compared where the
-reference's best two logits differ by more than the noise at that position.
+tokens (one by one, in chunks, by numpy or MLX): how far these lie apart is the noise. Most likely tokens are compared
+where the reference's best two logits differ by more than the noise at that position.
 
 tests/show/fidelity.py prints the whole table, for both references.
 """
