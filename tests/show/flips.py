@@ -39,7 +39,7 @@ from kvdb.store.entries import Entry, EntryType, SessionValue
 from kvdb.store.read import Reader, plan
 from kvdb.store.store import Store
 from kvdb_tools.check import check
-from tests.kvdb.store.states import FINGERPRINT, MODEL, pack_ids, put_snapshot, string, tokens
+from tests.kvdb.store.states import FINGERPRINT, MODEL, pack_ids, put_snapshot, read_entry, string, tokens
 
 Result = tuple[Counter[tuple[str, str, str]], list[str]]
 Contents = dict[tuple[int, bytes], bytes]
@@ -106,7 +106,7 @@ def contents(folder: Path, wanted: Iterable[tuple[int, bytes]] = ()) -> Contents
 
 def served(store: Store, db: int, key: bytes) -> bytes:
     """What a key gives: its value, and of states every record, checked as a reader checks it, and the journal."""
-    entry = store.keyspace.get(db, key)
+    entry = read_entry(store, key, db)
     assert entry is not None
     value = entry.value
     if entry.type is EntryType.STRING:

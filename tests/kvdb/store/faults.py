@@ -59,6 +59,10 @@ class FailingFiles(OsFiles):
         self._called("read")
         return super().read(fd, n_bytes, offset)
 
+    def read_cached(self, fd: int, n_bytes: int, offset: int) -> bytearray | None:
+        self._called("read")
+        return super().read_cached(fd, n_bytes, offset)
+
     def write(self, fd: int, data: Readable, offset: int) -> None:
         try:
             self._called("write")

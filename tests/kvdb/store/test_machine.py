@@ -1,6 +1,6 @@
 """The store against a dict, in any order of operations, with restarts in between.
 
-KVDB_MACHINE_EXAMPLES sets how many runs of up to 50 steps are tried.
+tests/show/machine.py runs many more steps and counts them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ Value = tuple[str, object]  # ("string", bytes) or ("snapshot" | "session", ids 
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """`model` says what each key holds; `expiring` which keys a clock of its own will remove."""
+    """`model` says what each key holds. `runs` and `looks` count, over all machines, beginnings and comparisons."""
+
+    runs = 0
+    looks = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,6 +57,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
+        StoreMachine.runs += 1
         self.open()
 
     def open(self) -> None:
@@ -203,6 +207,7 @@ class StoreMachine(RuleBasedStateMachine):
     def holds_what_the_model_holds(self) -> None:
         if not hasattr(self, "store"):
             return
+        StoreMachine.looks += 1
         space = self.store.keyspace
         assert space.size(0) == len(self.model)
         assert sorted(space.scan(0, 0, 100)[1]) == sorted(self.model)
@@ -246,7 +251,7 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=int(os.environ.get("KVDB_MACHINE_EXAMPLES", "15")),
+    max_examples=15,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=list(HealthCheck),
