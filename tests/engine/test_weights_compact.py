@@ -156,7 +156,7 @@ def test_memory_after_load(gpu_like: MlxOps, tmp_path: Path, layout: str) -> Non
 
 
 def test_official_layout_computes_alike_everywhere(tmp_path: Path) -> None:
-    entries, _ = official()
+    entries, _ = official(weights())
     info = open_model(str(write_folder(tmp_path / "q", entries, 2)))
     source = info.open_weights()
     assert isinstance(source, SafetensorsSource)
