@@ -22,7 +22,7 @@ def test_compression(settings: Settings) -> None:
     result = compression.run(settings)
     assert all(holds for _, holds in result.claims), result.claims
     rows = {str(row[0]): row for row in result.rows}
-    assert all(len(row) == len(result.columns) for row in result.rows)
+    assert all(len(row) == len(result.columns) == len(set(result.columns)) for row in result.rows)
     whole = rows["rows, stacked"]
     steps = [rows[name] for name in rows if name.startswith(("architecture", "precision"))]
     assert whole[2] == pytest.approx(steps[0][2] * steps[1][2])  # type: ignore[operator]

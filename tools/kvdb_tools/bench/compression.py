@@ -30,8 +30,8 @@ from kvdb_tools.bench.scenario import Cell, Result, Settings
 BF16_BYTES = 2
 EIGHT = Recipe((8, 64), (8, 64), (8, 64), (8, 64))
 COLUMNS = (
-    *("", "measured", "ratio", "full geometry", "ratio"),
-    *("KL nats", "rounding off", "same best %", "rounding off", "bits/byte", "rounding off"),
+    *("", "measured", "ratio", "full geometry", "its ratio"),
+    *("KL nats", "KL, unrounded", "same best %", "best, unrounded", "bits/byte", "bits, unrounded"),
 )
 _GB = 1e9
 
