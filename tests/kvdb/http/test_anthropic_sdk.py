@@ -82,6 +82,26 @@ def test_thinking(served: Served) -> None:
         assert stream.get_final_message().content[0].thinking == reply.content[0].thinking
 
 
+async def test_the_asynchronous_client(served: Served) -> None:
+    async with anthropic.AsyncAnthropic(base_url=served.url, api_key="any", max_retries=0) as client:
+        asked = {"model": MODEL, "max_tokens": 100, "extra_body": GREEDY}
+        hello = await client.messages.create(messages=HELLO, **asked)
+        async with client.messages.stream(messages=HELLO, **asked) as stream:
+            text = "".join([part async for part in stream.text_stream])
+        assert text == hello.content[0].text == "Hello! How can I help you?"
+        called = await client.messages.create(messages=SUM, tools=[TOOL], **asked)
+        assert called.stop_reason == "tool_use"
+        with pytest.raises(anthropic.NotFoundError):
+            await client.messages.create(messages=HELLO, **{**asked, "model": "claude"})
+
+
+def test_what_this_api_has_not(served: Served) -> None:
+    """No logprobs, no n: such fields are unknown here and change nothing, as any unknown field."""
+    asked = {"model": MODEL, "max_tokens": 30, "messages": HELLO}
+    reply = served.anthropic.messages.create(**asked, extra_body={**GREEDY, "n": 3, "logprobs": True})
+    assert [block.text for block in reply.content] == ["Hello! How can I help you?"]
+
+
 def test_counting(served: Served) -> None:
     counted = served.anthropic.messages.count_tokens(model=MODEL, messages=SUM, tools=[TOOL])
     reply = served.anthropic.messages.create(model=MODEL, max_tokens=1, messages=SUM, tools=[TOOL])

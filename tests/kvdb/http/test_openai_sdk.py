@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 
 import openai
 import pytest
@@ -217,23 +216,36 @@ def test_a_context_overflow_has_its_code(served: Served) -> None:
     assert found.value.code == "context_length_exceeded"
 
 
-async def test_a_client_that_goes_away_cancels_its_work(served: Served) -> None:
-    """Both ways of asking: a stream that is closed, and a whole answer that nobody waits for any more."""
-    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0) as client:
-        asked = {"model": MODEL, "prompt": "Once upon", "max_tokens": 20_000, "temperature": 1, "seed": 3}
-        stream = await client.completions.create(**asked, stream=True)
-        async for _ in stream:
-            break
-        assert served.redis.engine_status().requests
-        await stream.close()
-        await until_idle(served)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(client.completions.create(**asked), 0.5)
-        await until_idle(served)
+async def test_the_asynchronous_client(served: Served) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
+        asked = {"model": MODEL, "messages": HELLO, "max_tokens": 30, "temperature": 0}
+        whole = await client.chat.completions.create(**asked)
+        text = ""
+        async for chunk in await client.chat.completions.create(**asked, stream=True):
+            text += chunk.choices[0].delta.content or ""
+        assert text == whole.choices[0].message.content
+        async with client.responses.stream(model=MODEL, input="Who are you?", max_output_tokens=40) as stream:
+            final = await stream.get_final_response()
+        assert final.output_text
+        with pytest.raises(openai.NotFoundError):
+            await client.chat.completions.create(**{**asked, "model": "gpt"})
+        several = await asyncio.gather(*(client.chat.completions.create(**asked) for _ in range(3)))
+        assert {reply.choices[0].message.content for reply in several} == {text}
 
 
-async def until_idle(served: Served) -> None:
-    deadline = time.monotonic() + 10
-    while served.redis.engine_status().requests:
-        assert time.monotonic() < deadline, "the work goes on"
-        await asyncio.sleep(0.02)
+def test_three_streamed_chat_choices_with_logprobs(served: Served) -> None:
+    story = [{"role": "user", "content": "Tell me a story."}]
+    asked = {"model": MODEL, "messages": story, "n": 3, "max_tokens": 8, "temperature": 2, "extra_body": {"min_p": 0}}
+    asked["seed"] = 2
+    whole = served.openai.chat.completions.create(**asked, logprobs=True, top_logprobs=1)
+    texts, sampled = ["", "", ""], [b"", b"", b""]
+    for chunk in served.openai.chat.completions.create(**asked, logprobs=True, top_logprobs=1, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            for one in choice.logprobs.content if choice.logprobs else ():
+                sampled[choice.index] += bytes(one.bytes)
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) > 1
+    for choice, text, data in zip(whole.choices, texts, sampled, strict=True):
+        assert b"".join(bytes(one.bytes) for one in choice.logprobs.content) == data
+        assert data.decode(errors="replace").startswith(text)  # the end token is sampled too, and shows no text
