@@ -7,6 +7,7 @@ A user needs the right to run PREFILL and GENERATE, and to touch the session and
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 
 from kvdb.acl import Acl, User, message_of, refused
@@ -41,6 +42,24 @@ def user_of(acl: Acl, key: str | None) -> User:
     if key is None:
         raise NoAuthError("a key is needed: send it as Authorization: Bearer KEY, or as x-api-key")
     raise WrongPassError("the key opens no account")
+
+
+def check_local(peer: str | None, asked: str | None) -> None:
+    """Raise NoPermError unless a request without a password comes from this machine and is addressed to it.
+
+    peer: the address it comes from, None for a socket without one. asked: the host of its URL. A name that is not
+    `localhost` is that of a web page whose owner has let it point here, so that a browser lets the page read answers.
+    """
+    if peer is not None and not ipaddress.ip_address(peer.partition("%")[0]).is_loopback:
+        raise NoPermError("protected mode: no password is set, so only this machine is served; set requirepass")
+    if asked is not None and asked != "localhost" and not asked.endswith(".localhost"):
+        try:
+            ipaddress.ip_address(asked.partition("%")[0])
+        except ValueError:
+            raise NoPermError(
+                f"protected mode: no password is set, so '{asked}' is not served, only localhost and addresses;"
+                " set requirepass"
+            ) from None
 
 
 def check(user: User, session: str | None, snapshot: str | None) -> None:

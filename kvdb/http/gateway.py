@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import logging
 import socket
@@ -21,7 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from kvdb.acl import User
-from kvdb.errors import KvdbError, NoPermError
+from kvdb.errors import KvdbError
 from kvdb.http import access
 from kvdb.http.ask import Ask
 from kvdb.http.chat_api import ChatDialect, parse_chat
@@ -159,9 +158,8 @@ class Gateway:
     def user_of(self, request: Request) -> User:
         """Who asks. Raises NoAuthError, WrongPassError, or NoPermError for strangers in protected mode."""
         user = access.user_of(self.server.acl, access.key_of(request.headers))
-        is_local = request.client is None or ipaddress.ip_address(request.client.host.partition("%")[0]).is_loopback
-        if user.is_nopass and not is_local and self.server.config.flag("protected-mode"):
-            raise NoPermError("protected mode: no password is set, so only this machine is served; set requirepass")
+        if user.is_nopass and self.server.config.flag("protected-mode"):
+            access.check_local(request.client.host if request.client else None, request.url.hostname)
         return user
 
     def model(self, name: str | None) -> Model:

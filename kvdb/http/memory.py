@@ -22,7 +22,7 @@ import logging
 import secrets
 import time
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, cast
@@ -48,6 +48,7 @@ RETRY_KEEP_MS = 3600 * 1000
 SESSION_KEEP_MS = 3600 * 1000
 IDLE_SESSIONS = 32
 _SYSTEM = ("system", "developer")
+_LOOKUPS = 1000  # of keys, before other clients get a turn
 
 
 def now_ms() -> int:
@@ -60,6 +61,16 @@ def now_ms() -> int:
 
 def _text_key(length: int, digest: bytes) -> bytes:
     return b"http:text:%d:%b" % (length, digest.hex().encode())
+
+
+def _prefix_hashes(head: bytes, text: bytes, lengths: Sequence[int]) -> list[bytes]:
+    """The hash of `head` and the first so many bytes of `text`, for each of the ascending lengths."""
+    hasher, hashes, at = blake3(head), [], 0
+    for length in lengths:
+        hasher.update(text[at:length])
+        hashes.append(hasher.digest())
+        at = length
+    return hashes
 
 
 def _text(content: Any) -> str:
@@ -149,14 +160,11 @@ class Memory:
         A text that went on is tokenised otherwise at the joint than the tokens that were sampled, so looking for token
         ids alone would miss it.
         """
-        hasher, hashes, at = blake3(user + b"\0"), [], 0
-        for length in self._lengths:
-            if length > len(text):
-                break
-            hasher.update(text[at:length])
-            hashes.append((length, hasher.digest()))
-            at = length
-        for length, digest in reversed(hashes):
+        lengths = self._lengths[: bisect_right(self._lengths, len(text))]
+        hashes = await asyncio.to_thread(_prefix_hashes, user + b"\0", text, lengths)
+        for number, (length, digest) in enumerate(zip(reversed(lengths), reversed(hashes), strict=True)):
+            if number % _LOOKUPS == _LOOKUPS - 1:
+                await asyncio.sleep(0)
             ids = await self._anchored(_text_key(length, digest))
             if ids is not None:
                 return length, ids

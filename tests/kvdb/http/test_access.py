@@ -8,9 +8,11 @@ import httpx
 import pytest
 
 import kvdb
+from kvdb.errors import NoPermError
+from kvdb.http.access import check_local
 from kvdb_tools.daemon import Daemon, free_port
 
-from .conftest import MODEL
+from .conftest import MODEL, Served
 
 ASKED = {"model": MODEL, "prompt": "x", "max_tokens": 1}
 
@@ -99,6 +101,35 @@ def test_responses_belong_to_their_user(http: httpx.Client) -> None:
     mine = http.post("/v1/responses", json=asked, headers={"authorization": "Bearer team-key"}).json()["id"]
     assert http.get(f"/v1/responses/{mine}", headers={"authorization": "Bearer team-key"}).status_code == 200
     assert http.get(f"/v1/responses/{mine}", headers={"authorization": "Bearer main-key"}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("peer", "asked", "is_served"),
+    [
+        ("127.0.0.1", "localhost", True),
+        ("127.0.0.1", "127.0.0.1", True),
+        ("::1", "::1", True),
+        ("127.0.0.1", "kvdb.localhost", True),
+        (None, None, True),
+        ("127.0.0.1", "evil.example", False),  # a page whose name points here
+        ("127.0.0.1", "localhost.evil.example", False),
+        ("192.168.1.7", "localhost", False),
+        ("fe80::1%eth0", "localhost", False),
+    ],
+)
+def test_without_a_password_only_this_machine_is_served(peer: str | None, asked: str | None, is_served: bool) -> None:
+    if is_served:
+        check_local(peer, asked)
+        return
+    with pytest.raises(NoPermError, match="protected mode"):
+        check_local(peer, asked)
+
+
+def test_a_page_whose_name_points_here_is_refused(served: Served) -> None:
+    port = served.http.base_url.port
+    assert served.http.get("/v1/models").status_code == 200
+    reply = served.http.get("/v1/models", headers={"host": f"evil.example:{port}"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (403, "noperm")
 
 
 def test_no_cross_origin_headers(http: httpx.Client) -> None:
