@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from kvdb_engine.catalog import open_model
+from kvdb_engine.engine import Engine
 from kvdb_tools.convert import main
+from tests.engine.test_official_vectors import write
 
 NANO = open_model("dsv4-nano").path
 
@@ -50,6 +53,40 @@ def test_verify_vectors(tmp_path: Path) -> None:
     (tmp_path / "prompts" / "p.txt").write_text("hello")
     (tmp_path / "official.vec").write_text("case a 100 1 p.txt\nstep 0 7a 1\ntop 7a -0.5\nend\n")
     code, out, err = run("verify-vectors", "--vectors", str(tmp_path), "--backend", "numpy")
-    assert code == 1 and "FAIL a step 0" in out and "1 steps failed" in err
+    assert (
+        code == 1
+        and "FAIL a step 0" in out
+        and "1 of 1 steps failed" in err
+        and "of 4.0, missing from the top 20: " in out
+    )
     code, out, _ = run("verify-vectors", "--vectors", str(tmp_path), "--backend", "numpy", "--json")
     assert json.loads(out)["passed"] is False
+
+
+@pytest.fixture(scope="module")
+def made_by_the_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Vectors of the official format: what the model in full precision says, by numpy."""
+    folder = tmp_path_factory.mktemp("vectors")
+    write(folder, Engine(open_model("dsv4-nano"), backend_name="numpy"))
+    return folder
+
+
+def test_vectors_made_from_a_reference_model_pass_elsewhere(made_by_the_reference: Path, tmp_path: Path) -> None:
+    """Another quantisation and another back end stay within the tolerance; a model of another mind does not."""
+    arguments = ("--vectors", str(made_by_the_reference), "--backend", "numpy")
+    eight = ("--gate-up", "8/64", "--down", "8/64", "--early-down", "8/64")
+    assert run("weights", "dsv4-nano", str(tmp_path / "q8"), *eight)[0] == 0
+    models = [("dsv4-nano", "numpy"), (str(tmp_path / "q8"), "numpy")]
+    if importlib.util.find_spec("mlx") is not None:
+        models.append(("dsv4-nano", "mlx-cpu"))
+    for model, backend in models:
+        code, out, err = run("verify-vectors", "--model", model, *arguments[:2], "--backend", backend)
+        assert code == 0 and out.count("pass ") == 8 and "all 8 steps pass" in out, (model, backend, out, err)
+    path = made_by_the_reference / "official.vec"
+    text = path.read_text()
+    path.write_text(text.replace("top ", "top 00", 1))
+    code, out, err = run("verify-vectors", *arguments)
+    path.write_text(text)
+    assert (
+        code == 1 and "FAIL sum step 0" in out and "missing from the top 20: 1" in out and "1 of 8 steps failed" in err
+    )

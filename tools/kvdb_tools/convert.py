@@ -144,17 +144,22 @@ def size(config: str, gate_up: str, down: str, early_down: str, rest: str, as_js
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
 def verify_vectors(model: str, vectors: Path, backend: str, as_json: bool) -> None:
-    """Run official continuations; a step passes by the rule in docs/engine.md."""
-    from kvdb_engine.engine import Engine
-    from kvdb_engine.official_vectors import read_vectors, run_case
+    """Run official continuations.
 
-    failed = 0
+    A step passes if the most likely token has the official bytes, and every listed token is among the 20 most likely
+    with a log-probability within 4.0 nats.
+    """
+    from kvdb_engine.engine import Engine
+    from kvdb_engine.official_vectors import LOGPROB_TOLERANCE, N_TOP, read_vectors, run_case
+
+    failed = steps = 0
     try:
         cases = read_vectors(vectors)
         engine = Engine(open_model(model), backend_name=backend)
         for case in cases:
             for result in run_case(engine, case):
                 failed += not result.is_passed
+                steps += 1
                 if as_json:
                     fields = {"case": result.case, "step": result.step, "passed": result.is_passed}
                     fields |= {"official": result.official.hex(), "chosen": result.chosen.hex()}
@@ -162,14 +167,16 @@ def verify_vectors(model: str, vectors: Path, backend: str, as_json: bool) -> No
                     continue
                 click.echo(
                     f"{'pass' if result.is_passed else 'FAIL'} {result.case} step {result.step}: official "
-                    f"{result.official!r}, chosen {result.chosen!r}, largest gap {result.largest_gap:.2f}, "
-                    f"missing from the top 20: {result.missing}"
+                    f"{result.official!r}, chosen {result.chosen!r}, largest gap {result.largest_gap:.2f} of "
+                    f"{LOGPROB_TOLERANCE}, missing from the top {N_TOP}: {result.missing}"
                 )
     except ModelError as error:
         _fail(error)
     if failed:
-        click.echo(f"{failed} steps failed", err=True)
+        click.echo(f"{failed} of {steps} steps failed", err=True)
         sys.exit(1)
+    if not as_json:
+        click.echo(f"all {steps} steps pass")
 
 
 if __name__ == "__main__":
