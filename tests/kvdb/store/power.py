@@ -33,9 +33,9 @@ from tests.kvdb.store.states import (
 
 KEYS = [b"k%d" % number for number in range(9)]
 ACTIONS = (
-    *["snapshot"] * 4,
-    *["fork", "copy", "rename", "string", "string", "receive", "delete", "expire", "gc", "compact", "evict", "evict"],
-)
+    *["snapshot"] * 4, "fork", "copy", "rename", "string", "string", "receive", "delete", "expire", "gc", "compact",
+    "evict", "evict",
+)  # fmt: skip
 FAR_MS = 1 << 44
 
 Values = dict[bytes, set[bytes | None]]
@@ -51,7 +51,7 @@ async def client(store: Store, files: LoggingFiles, number: int, rng: random.Ran
         if action in ("gc", "compact"):
             await (store.gc() if action == "gc" else store.compact())
         elif action == "evict":
-            await evict(store, files)
+            await evict(store)
         elif action == "snapshot":
             await snapshot(store, files, number, key, rng)
         elif action in ("fork", "copy", "rename"):
@@ -62,12 +62,12 @@ async def client(store: Store, files: LoggingFiles, number: int, rng: random.Ran
 
 async def snapshot(store: Store, files: LoggingFiles, number: int, key: bytes, rng: random.Random) -> None:
     ids = tokens(rng.randrange(1, 3 * PAGE), seed=rng.randrange(3))
-    files.note(("asked", {key: pack_ids(ids)}))
+    expire_ms = rng.choice((0, FAR_MS))
+    files.note(("asked", {key: pack_ids(ids)}, expire_ms > 0))
     while True:
-        new = await write_snapshot(store, ids, writer=f"w{number}")
-        entry = snapshot_entry(new.id, rng.choice((0, FAR_MS)))
         try:
-            await store.commit_snapshot(new, key=(0, key), entry=entry)
+            new = await write_snapshot(store, ids, writer=f"w{number}")
+            await store.commit_snapshot(new, key=(0, key), entry=snapshot_entry(new.id, expire_ms))
             break
         except StalePagesError:
             continue  # another client deleted what this one counted on
@@ -79,12 +79,14 @@ async def snapshot(store: Store, files: LoggingFiles, number: int, key: bytes, r
 async def derive(store: Store, files: LoggingFiles, action: str, source: bytes, key: bytes) -> None:
     """FORK, COPY and RENAME."""
     entry = store.keyspace.get(0, source)
-    entry = None if entry is None else store.keyspace.held(entry)
     if entry is None or source == key or (action == "fork" and entry.type is not EntryType.SNAPSHOT):
         return
     value = await content(store, entry)
+    if store.keyspace.get(0, source) != entry:
+        return  # it was evicted, or committed
+    may_go = entry.type is EntryType.SNAPSHOT and entry.expire_ms > 0
     if action == "rename":
-        files.note(("asked", {key: value, source: None}))
+        files.note(("asked", {key: value, source: None}, may_go))
         store.keyspace.rename(0, source, key)
         await store.keyspace.flush()
         files.note(("acknowledged", (key, source)))
@@ -95,7 +97,8 @@ async def derive(store: Store, files: LoggingFiles, action: str, source: bytes, 
         entry = Entry(EntryType.SESSION, 0, session)
         store.keyspace.journal_append(uid, len(value) // 4, pack_ids([1, 2, 3]))
         value += pack_ids([1, 2, 3])
-    files.note(("asked", {key: value}))
+        may_go = False
+    files.note(("asked", {key: value}, may_go))
     store.keyspace.put(0, key, store.keyspace.held(entry))
     await store.keyspace.flush()
     files.note(("acknowledged", (key,)))
@@ -110,10 +113,13 @@ def rng_uid(source: bytes, key: bytes) -> bytes:
 
 async def change(store: Store, files: LoggingFiles, action: str, key: bytes, value: bytes) -> None:
     if action != "receive":
-        files.note(("asked", {key: value if action == "string" else None}))
+        files.note(("asked", {key: value if action == "string" else None}, False))
     if action == "receive":
-        received = await receive(store, value * 20)
-        files.note(("asked", {key: value * 20}))
+        try:
+            received = await receive(store, value * 20)
+        except NoSpaceError:
+            return  # while another client has the store evict
+        files.note(("asked", {key: value * 20}, False))
         store.keyspace.put(0, key, Entry(EntryType.STRING, 0, received))
     elif action == "string":
         store.keyspace.put(0, key, string(value))  # nine thousand times: a record of its own
@@ -126,12 +132,8 @@ async def change(store: Store, files: LoggingFiles, action: str, key: bytes, val
     files.note(("acknowledged", (key,)))
 
 
-async def evict(store: Store, files: LoggingFiles) -> None:
+async def evict(store: Store) -> None:
     """Some of the snapshots with an expiry go; which, only the store knows."""
-    entries = {key: store.keyspace.get(0, key) for key in KEYS}
-    volatile = [key for key, entry in entries.items() if entry is not None and entry.expire_ms]
-    for key in volatile:
-        files.note(("asked", {key: None}))
     budget = store.budget
     budget.policy, budget.maxstore = "volatile-lru", max(1, store.used_bytes - 1)
     try:
@@ -175,17 +177,23 @@ async def run_load(folder: Path, seed: int, steps: int = 14) -> LoggingFiles:
 
 
 def allowed(files: LoggingFiles, length: int) -> Values:
-    """For each key the values it may have: the last acknowledged one, or one that was asked for since."""
-    values: dict[bytes, list[bytes | None]] = {key: [None] for key in KEYS}
+    """For each key the values it may have: the last acknowledged one, or one that was asked for since.
+
+    A snapshot with an expiry may be evicted at any time: then there may also be none.
+    """
+    values: dict[bytes, list[tuple[bytes | None, bool]]] = {key: [(None, False)] for key in KEYS}
     for event in files.log[:length]:
         match event.note:
-            case ("asked", dict() as effect):
+            case ("asked", dict() as effect, bool() as may_go):
                 for key, value in effect.items():
-                    values[key].append(value)
+                    values[key].append((value, may_go))
             case ("acknowledged", tuple() as keys):
                 for key in keys:
                     del values[key][:-1]
-    return {key: set(found) for key, found in values.items()}
+    return {
+        key: {value for value, _ in found} | ({None} if any(may_go for _, may_go in found) else set())
+        for key, found in values.items()
+    }
 
 
 @dataclass

@@ -39,7 +39,7 @@ async def test_the_simulation_can_fail(tmp_path: Path) -> None:
     await store.register_model(MODEL)
     for number in range(5):
         new = await write_snapshot(store, tokens(PAGE, seed=number))
-        files.note(("asked", {KEYS[number]: pack_ids(tokens(PAGE, seed=number))}))
+        files.note(("asked", {KEYS[number]: pack_ids(tokens(PAGE, seed=number))}, False))
         await store.commit_snapshot(new, key=(0, KEYS[number]), entry=snapshot_entry(new.id))
         files.note(("acknowledged", (KEYS[number],)))
     await store.close()
