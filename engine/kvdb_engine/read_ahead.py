@@ -45,6 +45,8 @@ class ReadAhead:
         while True:
             with self._change:
                 while number not in self._done and (own := self._take()) is None:
+                    if self._is_closed:
+                        raise RuntimeError("closed: no more pieces are read")
                     self._change.wait()
                 if number in self._done:
                     error = self._done.pop(number)
