@@ -60,7 +60,7 @@ def as_it_is(value: Any) -> Any:
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda kind: kind.__name__)
 def test_other_spellings_of_the_same_conversation(served: Served, dialect: type[Talk]) -> None:
     talk = dialect(served)
-    for number, request in enumerate(REQUESTS):
+    for number, request in enumerate(REQUESTS[:2]):
         talk.exchange(f"{request} ", reordered if number else as_it_is)
     assert talk.computed[1:] == talk.new_tokens[1:]
     assert "note_write" in json.dumps(talk.messages)  # a call whose arguments have an order
