@@ -102,13 +102,20 @@ def encode_string(client: Client, value: LargeValue) -> bytes | Pieces:
 
 async def send(client: Client, reply: Pieces) -> None:
     """Send a reply as fast as the client reads it."""
-    for part in reply.parts:
-        if isinstance(part, HeldString):
-            await _send_string(client, part)
-        else:
-            client.write(part)
-    reply.parts.clear()  # lets the strings go
-    client.server.store.give_back_late()
+    parts, reply.parts = reply.parts, []
+    parts.reverse()
+    part: bytes | HeldString = b""
+    try:
+        while parts:  # each string is let go as soon as it is sent
+            part = parts.pop()
+            if isinstance(part, HeldString):
+                await _send_string(client, part)
+            else:
+                client.write(part)
+    finally:
+        del part
+        parts.clear()
+        client.server.store.give_back_late()
 
 
 async def _send_string(client: Client, string: HeldString) -> None:
@@ -199,6 +206,7 @@ class Receipt:
         pieces, self._pieces = self._pieces, []
         Receipt.all_waiting_bytes -= self._n_waiting
         self._n_waiting = 0
+        self._client.resume_receiving()
         return pieces
 
     async def _run(self) -> None:
@@ -208,7 +216,6 @@ class Receipt:
             self._is_refused = True
             self._take()
             self._request[0] = cast(bytes, Refusal(error))
-            self._client.resume_receiving()
             while not self._has_ended and not self._is_given_up:
                 self._news.clear()
                 await self._news.wait()
@@ -229,9 +236,7 @@ class Receipt:
                     await incoming.finish(self._take(), self._string)
                     return
                 if self._pieces:
-                    pieces = self._take()
-                    self._client.resume_receiving()
-                    await incoming.write(pieces)
+                    await incoming.write(self._take())
                 else:
                     self._news.clear()
                     await self._news.wait()

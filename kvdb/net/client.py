@@ -373,7 +373,11 @@ class Client(asyncio.Protocol):
 
     async def _hold(self) -> None:
         """Send the replies of a batch once its writes are durable, then go on."""
-        await self._send_all()
+        try:
+            await self._send_all()
+        except asyncio.CancelledError:
+            self.task = None  # it would keep what was being sent
+            raise
         self._task_done()
 
     async def _send_all(self) -> None:

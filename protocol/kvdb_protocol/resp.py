@@ -250,7 +250,7 @@ class RequestParser:
         """Add data to the large bulk string; when it is complete append it to the request. Returns what follows it."""
         bulk = self._bulk
         assert bulk is not None and self._request is not None
-        if self._sink is not None and self._bulk_left > 2:
+        if self._sink is not None and self._bulk_left > 2 and data:
             given = data[: self._bulk_left - 2]
             self._sink.feed(given)
             self._bulk_left -= len(given)
@@ -277,12 +277,25 @@ class RequestParser:
         return data[taken:]
 
 
+def _begins_large(data: bytes) -> bool:
+    """Whether one of the first arguments in `data` is longer than all of it."""
+    at = data.find(b"\r\n", 0, 16) + 2
+    for _ in range(4):
+        end = data.find(b"\r\n", at, at + 24)
+        if end < 0 or data[at : at + 1] != b"$" or not (digits := data[at + 1 : end]).isdigit():
+            return False
+        if int(digits) > len(data):
+            return True
+        at = end + 4 + int(digits)
+    return False
+
+
 def _parse_batch(data: bytes) -> tuple[list[Request], bytes]:
     """Parse the well-formed requests at the start of `data`, a whole batch at a time.
 
     Returns them and the bytes behind them; no requests if the batch is not of the usual kind.
     """
-    if data[:1] != b"*" or len(data) > _FAST_CHUNK_BYTES:
+    if data[:1] != b"*" or len(data) > _FAST_CHUNK_BYTES or (len(data) > _OWN_BUFFER_BYTES and _begins_large(data)):
         return [], data
     pieces = data.split(b"\r\n")
     n_args = _COUNTS.get(pieces[0])
