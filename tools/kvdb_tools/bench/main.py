@@ -87,14 +87,21 @@ def machine() -> str:
 
 def show(console: Console, result: Result) -> None:
     """Print one result."""
-    table = Table(title=result.title, caption="\n".join(result.notes), caption_justify="left")
+    table = Table(title=result.title)
     for number, column in enumerate(result.columns):
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in result.rows:
         table.add_row(*(cell_text(cell) for cell in row))
     console.print(table)
+    for note in result.notes:
+        console.print(note, markup=False, soft_wrap=True)  # whole lines, to be quoted and searched
     for text, holds in result.claims:
-        console.print(f"{'holds' if holds else 'DOES NOT HOLD'}: {text}", style="" if holds else "red", markup=False)
+        console.print(
+            f"{'holds' if holds else 'DOES NOT HOLD'}: {text}",
+            style="" if holds else "red",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def cell_text(cell: Cell) -> str:
