@@ -105,8 +105,10 @@ class User:
         return self.is_nopass or any([hmac.compare_digest(digest, known) for known in self.passwords])
 
     def apply(self, rule: bytes) -> None:
-        """Apply one rule. Raises RuleError."""
+        """Apply one rule; an empty one does nothing. Raises RuleError."""
         word = rule.lower()
+        if not word:
+            return
         if word in (b"on", b"off"):
             self.is_enabled = word == b"on"
         elif word in (b"nopass", b"resetpass"):
@@ -196,7 +198,9 @@ class User:
         words += [b"nopass"] if self.is_nopass else []
         words += [b"#" + digest.encode() for digest in self.passwords]
         words += [pattern.rule() for pattern in self.keys] or []
-        words += [b"&" + glob for glob in self.channels] or [b"resetchannels"]
+        # As Redis writes it: an ACL file that says nothing of channels may mean all of them.
+        words += [] if b"*" in self.channels else [b"resetchannels"]
+        words += [b"&" + glob for glob in self.channels]
         words.append(self.describe_commands().encode())
         return b" ".join(words)
 

@@ -72,7 +72,9 @@ class Parameter:
         match = re.fullmatch(r"(-?\d{1,19})([a-z]*)", text.lower())
         unit = _UNITS.get(match[2]) if match else None
         if match is None or unit is None or (unit != 1 and self.kind != "bytes"):
-            raise ConfigError(f"argument must be a {'memory value' if self.kind == 'bytes' else 'number'}")
+            if self.kind == "bytes":
+                raise ConfigError("argument must be a memory value")
+            raise ConfigError("argument couldn't be parsed into an integer")
         value = int(match[1]) * unit
         if not self.low <= value <= self.high:
             raise ConfigError(f"argument must be between {self.low} and {self.high} inclusive")

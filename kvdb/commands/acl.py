@@ -56,10 +56,10 @@ def getuser(client: Client, args: list[bytes]) -> Reply:
     user = client.server.acl.users.get(args[0])
     if user is None:
         return None
-    flags = ["on" if user.is_enabled else "off"] + (["nopass"] if user.is_nopass else [])
+    flags = [b"on" if user.is_enabled else b"off"] + ([b"nopass"] if user.is_nopass else [])
     no_selectors: list[Reply] = []
     return {
-        "flags": flags,
+        "flags": frozenset(flags),
         "passwords": list(user.passwords),
         "commands": user.describe_commands(),
         "keys": b" ".join(pattern.rule() for pattern in user.keys),
@@ -109,7 +109,11 @@ def dryrun(client: Client, args: list[bytes]) -> Reply:
     refusal = acl.refused(user, bound.command, request)
     if refusal is None:
         return OK
-    return acl.message_of(user, bound.command, refusal[0])
+    reason, thing = refusal
+    if reason == "command":
+        return acl.message_of(user, bound.command, reason)
+    name, shown = user.name.decode("utf-8", "replace"), thing.decode("utf-8", "replace")
+    return f"User {name} has no permissions to access the '{shown}' {reason}"
 
 
 @handler("ACL GENPASS")

@@ -252,9 +252,9 @@ def unpause(client: Client, args: list[bytes]) -> Reply:
 @handler("CLIENT UNBLOCK")
 def unblock(client: Client, args: list[bytes]) -> Reply:
     """0: no command of kvdb blocks in a way that may be ended from outside; ENGINE CANCEL ends engine work."""
-    parse_int(args[0])
-    if len(args) > 2 or (len(args) == 2 and args[1].upper() not in (b"TIMEOUT", b"ERROR")):
+    if len(args) == 2 and args[1].upper() not in (b"TIMEOUT", b"ERROR"):
         raise KvdbError("CLIENT UNBLOCK reason should be TIMEOUT or ERROR")
+    parse_int(args[0])
     return 0
 
 
@@ -278,7 +278,7 @@ def caching(client: Client, args: list[bytes]) -> Reply:
 def trackinginfo(client: Client, args: list[bytes]) -> Reply:
     """Off."""
     no_prefixes: list[Reply] = []
-    return {"flags": ["off"], "redirect": -1, "prefixes": no_prefixes}
+    return {"flags": frozenset({b"off"}), "redirect": -1, "prefixes": no_prefixes}
 
 
 @handler("CLIENT GETREDIR")

@@ -41,7 +41,7 @@ async def save(client: Client, args: list[bytes]) -> Reply:
 @handler("BGSAVE")
 def bgsave(client: Client, args: list[bytes]) -> Reply:
     """Make everything durable in the background."""
-    if args and args[0].upper() != b"SCHEDULE":
+    if len(args) > 1 or (args and args[0].upper() != b"SCHEDULE"):
         raise KvdbError(SYNTAX)
     server = client.server
 
@@ -91,9 +91,10 @@ def monitor(client: Client, args: list[bytes]) -> Reply:
 @handler("SLOWLOG GET")
 def slowlog_get(client: Client, args: list[bytes]) -> Reply:
     """The latest entries; -1 for all."""
-    count = parse_int(args[0]) if args else 10
+    message = "count should be greater than or equal to -1"
+    count = parse_int(args[0], message) if args else 10
     if count < -1:
-        raise KvdbError("count should be greater than or equal to -1")
+        raise KvdbError(message)
     entries = list(client.server.observers.slow_log.entries)
     shown = entries if count == -1 else entries[:count]
     return [[e.id, e.time_s, e.took_us, list(e.request), e.peer, e.name] for e in shown]

@@ -170,7 +170,7 @@ class Observers:
     def show(self, client: Client, bound: Bound, request: Request) -> None:
         """Send a request to all monitors, except commands that carry passwords or belong to administrators."""
         flags = bound.command.flag_set
-        if "skip_monitor" in flags or "admin" in flags or not self.monitors:
+        if "skip_monitor" in flags or "admin" in flags or not self.monitors or bound.command.name == "QUIT":
             return
         where = "unix:" + client.local if client.listener == "unix" else client.peer
         words = b" ".join(quoted(argument) for argument in redacted(request))

@@ -30,7 +30,7 @@ def test_file_then_options(tmp_path: Path) -> None:
 
 BAD = [
     (["--nosuch", "1"], "there is no configuration name 'nosuch'"),
-    (["--port", "x"], "port: argument must be a number"),
+    (["--port", "x"], "port: argument couldn't be parsed into an integer"),
     (["--port", "70000"], "port: argument must be between 0 and 65535 inclusive"),
     (["--port"], "--port needs a value"),
     (["--port", "1", "2"], "port: 'port' takes one value"),
