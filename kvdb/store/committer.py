@@ -84,6 +84,7 @@ class _Round:
     dropped: list[Extent]  # received, and never committed
     work: Work = field(default_factory=Work)
     error: KvdbError | None = None
+    lost: KvdbError | None = None  # what a failed sync took: whoever waits for durability hears of it
     full: NoSpaceError | None = None  # committed, but the ballast is gone: refuse new writes
 
 
@@ -113,8 +114,6 @@ class Committer:
         self._running: asyncio.Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "kvdb-commit")
         self._is_closed = False
-        self._freed: list[Extent] = []  # not given back yet
-        self._emptied: list[int] = []
         self._tidying: asyncio.TimerHandle | None = None
         self.rounds = 0
         with index.read() as txn:
@@ -156,17 +155,15 @@ class Committer:
 
     def _tidy_soon(self) -> None:
         """Punching makes the next sync slower, so what clients overwrite and delete is given back in batches."""
-        if self._tidying is None and (self._freed or self._emptied or self._segments.pins.are_late):
+        if self._tidying is None and self._segments.pins.are_late:
             self._tidying = self._loop.call_later(TIDY_S, self._tidy)
 
     def _tidy(self) -> None:
         if self._tidying is not None:
             self._tidying.cancel()
             self._tidying = None
-        freed, self._freed = self._freed, []
-        emptied, self._emptied = self._emptied, []
-        if freed or emptied or self._segments.pins.are_late:
-            self._thread.submit(self._segments.tidy, freed, emptied)
+        if self._segments.pins.are_late:
+            self._thread.submit(self._segments.tidy)
 
     def in_thread(self, function: Callable[[], None]) -> None:
         """Run something between two rounds, in the commit thread."""
@@ -201,7 +198,7 @@ class Committer:
         if this.overlay is not None and self._overlay is not None:
             self._overlay.thawed(this.error)
         for item in this.items:
-            error = this.error or item.error
+            error = this.error or item.error or (this.lost if item.function is _nothing else None)
             if item.extent is not None:
                 self._segments.resolved(item.extent.segment)
                 if error is not None:
@@ -214,8 +211,7 @@ class Committer:
                 item.future.set_result(item.result)
         if this.error is not None:
             this.work.freed += this.dropped
-        self._freed += this.work.freed
-        self._emptied += this.work.unlinked
+        self._segments.pins.free(this.work.freed, this.work.unlinked)
         if this.overlay is not None:
             self._tidy_soon()
         else:
@@ -280,6 +276,8 @@ class Committer:
             raise
         for string in stored.fresh:
             string.is_committed = True
+        if None in stored.refs.values():
+            this.lost = MisconfError("a large string was lost by a failed sync: its key keeps the value it had")
         if stored.reservation is not None:
             self._segments.advance(STRINGS, stored.reservation, stored.end)
 

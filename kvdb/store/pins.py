@@ -49,6 +49,12 @@ class Pins:
             self._held.setdefault(extent.segment, Counter())[extent] += 1
         return Pin(extent, self._let_go)
 
+    def free(self, freed: Sequence[Extent], emptied: Sequence[int]) -> None:
+        """These ranges and files are dead: `sort` gives them out as soon as nothing holds them."""
+        with self._lock:
+            self._late += freed
+            self._late_files += emptied
+
     def sort(self, freed: Sequence[Extent], emptied: Sequence[int]) -> tuple[list[Extent], list[int]]:
         """What may be given back now of ranges and files freed now or earlier; the rest is kept for later."""
         with self._lock:
@@ -60,9 +66,17 @@ class Pins:
             return [one for one in extents if one not in late], [one for one in files if one not in late_files]
 
     def reclaim(self, extent: Extent) -> None:
-        """A range that was freed is needed again, while it is pinned: neither it nor its file may go."""
+        """A range is about to be committed, while it is pinned: neither it nor its file may go, if they were freed.
+
+        A longer dead range that it lies in stays on the disk until the next collection.
+        """
+        end = extent.offset + extent.n_bytes
         with self._lock:
-            self._late = [one for one in self._late if one != extent]
+            self._late = [
+                one
+                for one in self._late
+                if one.segment != extent.segment or one.offset >= end or one.offset + one.n_bytes <= extent.offset
+            ]
             self._late_files = [segment for segment in self._late_files if segment != extent.segment]
 
     @property

@@ -255,8 +255,9 @@ class Segments:
         with self._lock:
             return segment_id in self._abandoned
 
-    def tidy(self, freed: Sequence[Extent], unlinked: Sequence[int]) -> None:
-        """Give freed bytes back to the file system. Failures cost space, not data: they are logged."""
+    def tidy(self, freed: Sequence[Extent] = (), unlinked: Sequence[int] = ()) -> None:
+        """Give freed bytes back to the file system, these and what `pins` has. Failures cost space, not data: they are
+        logged."""
         with self._lock:
             if self._backlog is not None:
                 self._backlog[0].extend(freed)

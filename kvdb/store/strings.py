@@ -126,10 +126,10 @@ def store_strings(segments: Segments, files: Files, strings: Sequence[LargeStrin
             continue
         stored.refs[db, key] = ref
         stored.extend(ref.segment, ref.offset + record_bytes(ref.n_bytes), value.created_ms)
-        if value.is_committed:
-            # The entry that named it may be gone since, and its range free but for this one's holding it.
-            segments.pins.reclaim(Extent(ref.segment, ref.offset, record_bytes(ref.n_bytes)))
-        else:
+        # If it was committed, the entry that named it may be gone since, and its range free but for this one's holding
+        # it; if not, a collection may have taken it for garbage.
+        segments.pins.reclaim(Extent(ref.segment, ref.offset, record_bytes(ref.n_bytes)))
+        if not value.is_committed:
             stored.fresh.append(value)
             unsynced.add(ref.segment)
     if unwritten:
