@@ -30,6 +30,7 @@ class EngineStats:
 
     backend: str
     load_seconds: float
+    matmul_gflops: float  # of a small float32 product when it was loaded: is a fast BLAS at work?
     weight_bytes: int
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -57,7 +58,8 @@ class Engine:
         self.ops = backend.select(backend_name)
         self.prefill_chunk = prefill_chunk or self.ops.prefill_chunk
         self.model = Model(self.ops, info.config, load_weights(self.ops, info.config, info.open_weights(), progress))
-        self._stats = EngineStats(self.ops.name, time.perf_counter() - started, nbytes(self.model.weights))
+        seconds, speed = time.perf_counter() - started, round(backend.matmul_gflops(self.ops), 1)
+        self._stats = EngineStats(self.ops.name, seconds, speed, nbytes(self.model.weights))
 
     def new_state(self) -> State:
         """A state of no tokens."""

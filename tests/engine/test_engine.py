@@ -29,6 +29,7 @@ def test_stats_count(nano: Engine, stream: np.ndarray) -> None:
     nano.step(state, 7)
     after = nano.stats()
     assert after["backend"] == "numpy"
+    assert before["matmul_gflops"] == after["matmul_gflops"] > 0  # type: ignore[operator]
     assert after["prefill_tokens"] == before["prefill_tokens"] + 10  # type: ignore[operator]
     assert after["decode_tokens"] == before["decode_tokens"] + 1  # type: ignore[operator]
     assert after["decode_seconds"] > before["decode_seconds"]  # type: ignore[operator]

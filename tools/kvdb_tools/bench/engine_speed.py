@@ -17,6 +17,7 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
+from kvdb_engine.backend import matmul_gflops
 from kvdb_engine.catalog import ModelInfo, open_model
 from kvdb_engine.engine import Engine
 from kvdb_engine.model import state_arrays
@@ -25,7 +26,6 @@ from kvdb_engine.state_records import to_dsv4
 from kvdb_engine.weights_random import random_model
 
 _STEPS = 24
-_MATRIX = 512
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     engine = Engine(info, backend_name=backend)
     ids = _ids(info, max(*lengths, *contexts) + _STEPS)
     states = _states(info, engine, ids, contexts)
-    found: dict[str, object] = {"backend": engine.ops.name, "gflops": _matmul(engine)}
+    found: dict[str, object] = {"backend": engine.ops.name, "gflops": matmul_gflops(engine.ops)}
     found["prefill"] = {length: _prefill(engine, ids[:length]) for length in lengths}
     decode = _decode(engine, states, ids)
     found["decode"] = {n: total for n, (total, _) in decode.items()}
@@ -110,18 +110,6 @@ def _least(info: ModelInfo) -> ModelInfo:
         info.config, hidden=128, q_rank=128, n_heads=2, o_groups=1, o_rank=64, expert_width=64, index_heads=1, vocab=64
     )
     return random_model(least)
-
-
-def _matmul(engine: Engine) -> float:
-    """GFLOP/s of a float32 product of two square matrices."""
-    ops = engine.ops
-    a = ops.array(np.random.default_rng(1).standard_normal((_MATRIX, _MATRIX)).astype(np.float32))
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        ops.evaluate([ops.linear(a, a)])
-        best = min(best, time.perf_counter() - began)
-    return 2 * _MATRIX**3 / best / 1e9
 
 
 if __name__ == "__main__":
