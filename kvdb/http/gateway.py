@@ -61,6 +61,9 @@ class _HttpServer(uvicorn.Server):
 async def read_body(gateway: Gateway, request: Request) -> Fields:
     """The request's JSON object. Raises BadRequest, and what `user_of` raises before a byte of it is read."""
     gateway.user_of(request)
+    packing = request.headers.get("content-encoding", "identity")
+    if packing != "identity":
+        raise BadRequest(f"content-encoding {packing} is not supported: send the body as it is", status=415)
     data = bytearray()
     async for chunk in request.stream():
         data += chunk

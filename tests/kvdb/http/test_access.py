@@ -80,6 +80,12 @@ def test_bad_requests(http: httpx.Client, method: str, path: str, body: bytes, s
     assert reply.json()["error"]["message"]
 
 
+def test_packed_bodies_are_refused_with_a_word(http: httpx.Client) -> None:
+    headers = {"x-api-key": "main-key", "content-encoding": "zstd"}
+    reply = http.post("/v1/responses", content=b"\x28\xb5\x2f\xfd", headers=headers)
+    assert (reply.status_code, "zstd is not supported" in reply.json()["error"]["message"]) == (415, True)
+
+
 def test_what_strangers_send_is_not_collected(http: httpx.Client) -> None:
     """The key is looked at before the body, which here is more than any body may be."""
 
