@@ -65,7 +65,7 @@ class Segments:
         self._retired: set[int] = set()
         self._can_punch = True
         self._n_files = 0
-        self._backlog: tuple[list[Extent], list[int]] | None = None  # freed during a backup
+        self._is_tidying_paused = False
         self._dropped: deque[tuple[Extent, Pin, bool]] = deque()  # received strings that nobody needs in memory
 
     def path(self, segment_id: int) -> Path:
@@ -259,9 +259,8 @@ class Segments:
         """Give freed bytes back to the file system, these and what `pins` has. Failures cost space, not data: they are
         logged."""
         with self._lock:
-            if self._backlog is not None:
-                self._backlog[0].extend(freed)
-                self._backlog[1].extend(unlinked)
+            if self._is_tidying_paused:
+                self.pins.free(freed, unlinked)
                 return
         freed, unlinked = self.pins.sort(freed, unlinked)
         gone = set(unlinked)
@@ -283,14 +282,13 @@ class Segments:
     def pause_tidying(self) -> None:
         """Keep freed bytes and emptied files for now: a backup reads them."""
         with self._lock:
-            self._backlog = ([], [])
+            self._is_tidying_paused = True
 
     def resume_tidying(self, run: Callable[[Callable[[], None]], None]) -> None:
         """Give back what was freed meanwhile, through `run`."""
         with self._lock:
-            backlog, self._backlog = self._backlog, None
-        if backlog is not None and any(backlog):
-            run(lambda: self.tidy(*backlog))
+            self._is_tidying_paused = False
+        run(self.tidy)
 
     def punch(self, segment_id: int, extents: Sequence[Extent]) -> bool:
         """Punch ranges of one segment; False if the file system cannot."""
