@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvdb.store.entries import Entry, EntryType, encode_entry, name_key
+from kvdb.store.entries import Entry, EntryType, StringRef, encode_entry, name_key
 from kvdb.store.index import Table, seal
+from kvdb.store.rows import pack_string_place
 from kvdb_protocol.archive import Archive, encode_head
 from kvdb_protocol.frames import encode_frame
 from kvdb_protocol.ids import extend_prefix, root_prefix
@@ -26,6 +27,8 @@ VECTORS = {
 LAYOUT = make_layout(
     vocab=16, context=4096, window=128, head_dim=96, rope_dim=32, index_dim=32, ratios=(0, 4, 128), page_tokens=128
 )
+
+LARGE = StringRef(7, 8192, 300_000, b"\x11" * 16, b"\1\0\0\0\2\0\0\0")
 
 
 def page() -> bytes:
@@ -48,6 +51,8 @@ def written() -> dict[str, bytes]:
         "kvc": b"".join(bytes(piece) for piece in encode_kvc(kvc)),
         "name": name_key(0, b"step-7"),
         "entry": encode_entry(b"k", Entry(EntryType.STRING, 5, b"v")),
+        "large": encode_entry(b"k", Entry(EntryType.STRING, 0, LARGE)),
+        "shared": pack_string_place([name_key(0, key) for key in (b"a", b"b")], LARGE.n_bytes),
         "archive": encode_head(Archive("m", b"", b"", b"", 5, 7, 9, 1))[:48],
         "frame": encode_frame({"a": 1}),
         "seal": seal(Table.KEYS, b"key", b"value"),
