@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -111,3 +112,48 @@ def test_unfinished_block() -> None:
     for block in (CALL[:-3], unclosed):
         reply, _ = parse("a" + block)
         assert reply.is_cut and reply.content == "a" + block and not reply.calls
+
+
+def mutations(seed: int, count: int) -> list[str]:
+    """A good reply with pieces cut out, doubled, swapped or replaced by tags."""
+    rng = random.Random(seed)
+    tags = [
+        "<｜DSML｜invoke",
+        "</｜DSML｜parameter>",
+        "<｜DSML｜tool_calls>",
+        "</tool_calls>",
+        '">',
+        "</think>",
+        "<",
+        "&lt;",
+        "｜",
+    ]
+    found = []
+    for _ in range(count):
+        text = "Said. " + CALL + CALL
+        for _ in range(rng.randint(1, 4)):
+            a, b = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+            piece = rng.choice(["", text[a:b] * 2, text[a:b][::-1], rng.choice(tags)])
+            text = text[:a] + piece + text[b:]
+        found.append(text)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("thinking", [False, True])
+def test_nothing_is_lost_or_depends_on_the_pieces(seed: int, thinking: bool) -> None:
+    """However broken a reply is: no exception, every character shown once, whatever the pieces it came in."""
+    for text in mutations(seed, 60):
+        replies = []
+        for size in (1, 3, 1000):
+            reply, pieces = parse(text, size, thinking=thinking)
+            replies.append(reply)
+            shown = "".join(piece.text for piece in pieces if piece.kind != "calls")
+            assert shown == reply.reasoning + reply.content
+            for call in reply.calls:
+                assert isinstance(json.loads(call.arguments), dict)
+        assert replies[0] == replies[1] == replies[2], text
+        # What follows the end of a block is not read: generation stops there.
+        if not thinking and not replies[0].calls:
+            assert text.startswith(replies[0].content)
+            assert replies[0].content == text or replies[0].content.endswith("tool_calls>")
