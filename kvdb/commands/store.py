@@ -6,9 +6,8 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from kvdb.commands.arguments import unknown_option
+from kvdb.commands.arguments import Arguments, unknown_option
 from kvdb.commands.registry import handler
-from kvdb.errors import KvdbError
 from kvdb_protocol.resp import Reply
 
 if TYPE_CHECKING:
@@ -21,19 +20,30 @@ _FINDINGS_SHOWN = 1000
 @handler("STORE STATS")
 async def stats(client: Client, raw: list[bytes]) -> Reply:
     """STORE STATS: where every byte of the data directory is."""
-    found = await client.server.store.stats()
-    return {**asdict(found), "live": found.live}
+    store = client.server.store
+    found = await store.stats()
+    verified, to_verify = store.verified
+    return {**asdict(found), "live": found.live, "verified": verified, "to_verify": to_verify}
 
 
 @handler("STORE VERIFY")
 async def verify(client: Client, raw: list[bytes]) -> Reply:
-    """STORE VERIFY [DEEP]: what is damaged, and which keys that hurts. DEEP reads and checks every payload."""
-    if len(raw) > 1:
-        raise KvdbError("syntax error")
-    if raw and raw[0].upper() != b"DEEP":
-        raise unknown_option(raw[0])
+    """STORE VERIFY [DEEP] [RATE bytes]: what is damaged, and which keys that hurts.
+
+    DEEP reads and checks every payload. RATE: bytes of payloads a second at most. STORE STATS says how far it is.
+    """
+    args = Arguments(raw)
+    deep, rate = False, 0
+    while args:
+        word = args.word()
+        if word == b"DEEP":
+            deep = True
+        elif word == b"RATE":
+            rate = args.integer("RATE", 1, 1 << 50)
+        else:
+            raise unknown_option(word)
     began = time.perf_counter()
-    findings = await client.server.store.verify(deep=bool(raw))
+    findings = await client.server.store.verify(deep=deep, bytes_per_s=rate)
     return {
         "damaged": len(findings),
         "findings": [

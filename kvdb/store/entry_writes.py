@@ -139,13 +139,16 @@ def write_journal(txn: Txn, uid: bytes, first: int, ids: bytes) -> None:
 
 
 def cut_journal(txn: Txn, uid: bytes, n_tokens: int) -> None:
-    """Forget the session's tokens at positions `n_tokens` and later."""
-    for key, ids in list(txn.scan(Table.JOURNAL, prefix=uid)):
-        first = from_u64(key[len(uid) :])
-        if first >= n_tokens:
-            txn.delete(Table.JOURNAL, key)
-        elif first + len(ids) // 4 > n_tokens:
-            txn.put(Table.JOURNAL, key, ids[: 4 * (n_tokens - first)])
+    """Forget the session's tokens at positions `n_tokens` and later; looks at no row before the last that stays."""
+    at = uid + u64(n_tokens)
+    for key, _ in list(txn.scan(Table.JOURNAL, at, uid)):
+        txn.delete(Table.JOURNAL, key)
+    before = txn.before(Table.JOURNAL, at)
+    if before is not None and before[0].startswith(uid):
+        key, ids = before
+        n_kept = n_tokens - from_u64(key[len(uid) :])
+        if len(ids) // 4 > n_kept:
+            txn.put(Table.JOURNAL, key, ids[: 4 * n_kept])
 
 
 def drop_journal(txn: Txn, uid: bytes, n_tokens: int) -> None:

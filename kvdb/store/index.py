@@ -198,6 +198,14 @@ class Txn:
         """The first (key, value) at or after `start`."""
         return next(self.scan(table, start), None)
 
+    def before(self, table: Table, key: bytes) -> tuple[bytes, bytes] | None:
+        """The last (key, value) before `key`."""
+        with self.raw.cursor(self._tables[table]) as cursor:
+            if not (cursor.prev() if cursor.set_range(key) else cursor.last()):
+                return None
+            value = self.opened(table, cursor.key(), cursor.value())
+            return None if value is None else (cursor.key(), value)
+
     def last(self, table: Table) -> tuple[bytes, bytes] | None:
         """The last (key, value) of a table."""
         with self.raw.cursor(self._tables[table]) as cursor:

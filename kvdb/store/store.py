@@ -97,6 +97,8 @@ class Store:
         self._importing = asyncio.Lock()  # one writer, one reservation
         self.receiver = Receiver(self._pool, self._segments, files, self.reserve)
         self._care = Care(loop, self._pool, index, files, self._segments, self._holds, self._committer)
+        self._verifying = asyncio.Lock()
+        self.verified = (0, 0)  # bytes of records that STORE VERIFY has seen, and of all; of the last one
         self._is_closed = False
         self.problems: list[str] = []  # what recovery found, in words
 
@@ -524,13 +526,22 @@ class Store:
         """Where every byte is."""
         return await self._loop.run_in_executor(self._pool, measure, self._index, self._segments, self._files)
 
-    async def verify(self, *, deep: bool) -> list[Finding]:
-        """Everything that is wrong in the directory; `deep` also reads every payload. Clients go on meanwhile."""
+    async def verify(self, *, deep: bool, bytes_per_s: float = 0.0) -> list[Finding]:
+        """Everything that is wrong in the directory; `deep` also reads every payload. Clients go on meanwhile.
+
+        bytes_per_s: how fast to read, 0 for no limit. `verified` says how far it is.
+        """
+
+        def progress(done: int, total: int) -> None:
+            self.verified = (done, total)
 
         def check() -> list[Finding]:
-            return list(verify(self._index, self._segments.folder, self._files, deep=deep))
+            folder, files = self._segments.folder, self._files
+            return list(verify(self._index, folder, files, deep=deep, bytes_per_s=bytes_per_s, progress=progress))
 
-        return await self._loop.run_in_executor(self._pool, check)
+        async with self._verifying:
+            self.verified = (0, 0)
+            return await self._loop.run_in_executor(self._pool, check)
 
     async def compact(self) -> tuple[int, int]:
         """Move the live records of sparse segments together; return (bytes moved, segments emptied)."""

@@ -71,7 +71,7 @@ ROWS = (
     _row("ENGINE CANCEL", 3, "write no_multi", (2, 2, 1), "session", "Stops the work of a session at the next chunk"),
     Command("STORE", "store", -2, summary="Container of the store commands", since="0.1.0", is_container=True),
     _row("STORE STATS", 2, "readonly no_multi", (0, 0, 0), "", "Bytes, pages, segments, and what is shared"),
-    _row("STORE VERIFY", -2, "admin no_multi", (0, 0, 0), "[DEEP]",
+    _row("STORE VERIFY", -2, "admin no_multi", (0, 0, 0), "[DEEP] [RATE bytes]",
          "Checks every record's checksum; DEEP also checks every identity", "O(N) in the stored bytes"),
     _row("STORE GC", 2, "admin no_multi", (0, 0, 0), "", "Frees the bytes that nothing reaches", "O(N) in the records"),
     _row("STORE COMPACT", 2, "admin no_multi", (0, 0, 0), "", "Moves live records out of sparse segments",
