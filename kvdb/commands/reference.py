@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+
+import click
 
 from kvdb.commands import all_commands
 from kvdb.commands.registry import Bound
@@ -85,22 +86,26 @@ def example_config() -> str:
     return "".join(parts)
 
 
-def main() -> int:
-    """Write the files, or with --check say whether they are up to date."""
-    words = [word for word in sys.argv[1:] if word != "--check"]
-    if not words:
-        sys.stderr.write("usage: python -m kvdb.commands.reference [--check] FILE ...\n")
-        return 2
-    stale = 0
-    for path in map(Path, words):
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 if a file is stale.")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False))
+def main(check: bool, files: tuple[Path, ...]) -> None:
+    """Write FILES: the example configuration where a name ends in .conf, else the page of commands.
+
+    \b
+    Example:
+        python -m kvdb.commands.reference docs/commands.md docs/kvdb.conf
+    """
+    stale = False
+    for path in files:
         text = example_config() if path.suffix == ".conf" else page()
-        if "--check" not in sys.argv:
+        if not check:
             path.write_text(text)
         elif not path.exists() or path.read_text() != text:
-            sys.stderr.write(f"{path} is stale: run python -m kvdb.commands.reference {path}\n")
-            stale = 1
-    return stale
+            click.echo(f"{path} is stale: run python -m kvdb.commands.reference {path}", err=True)
+            stale = True
+    raise SystemExit(stale)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
