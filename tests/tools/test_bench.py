@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,9 @@ from click.testing import CliRunner
 
 from kvdb_protocol.dsv4 import encode_payload
 from kvdb_protocol.layout import Codec, Layout
-from kvdb_tools.bench import main
+from kvdb_tools.bench import flash, main
 from kvdb_tools.bench.commands import _measure
-from kvdb_tools.bench.main import cell_text
+from kvdb_tools.bench.main import TERMINATED, cell_text
 from kvdb_tools.bench.plot import draw
 from kvdb_tools.bench.registry import SCENARIOS
 from kvdb_tools.bench.scenario import Bars, Curve, Curves, MissingError, Result, Scenario
@@ -130,3 +132,16 @@ def test_cells_are_for_people() -> None:
     assert [cell_text(cell) for cell in (None, 1234567, 0.12345, 54321.9, "x")] == [
         "", "1,234,567", "0.123", "54,322", "x",
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds children in /proc")
+def test_a_bench_that_is_terminated_leaves_no_daemon() -> None:
+    command = [sys.executable, "-c", "from kvdb_tools.bench import main; main()", "fork"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as bench:
+        end = time.monotonic() + 30
+        while not (children := flash.children_of(bench.pid)) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert children
+        bench.terminate()
+        assert bench.wait(30) == TERMINATED
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
