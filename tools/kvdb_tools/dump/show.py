@@ -91,6 +91,7 @@ def _entry(txn: Txn, folder: Path, entry: Entry) -> Json:
         with Reader(OsFiles()) as reader:
             shown = excerpt(bytes(reader.payload(place)), 400)
         return {"bytes": value.n_bytes, "value": shown, "segment": place.path.name, "offset": value.offset}
+    assert isinstance(value, bytes)  # a HeldString is in a daemon's memory only
     return {"bytes": len(value), "value": excerpt(value, 400)}
 
 
