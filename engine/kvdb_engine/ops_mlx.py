@@ -88,8 +88,8 @@ class MlxOps(Unfused):
     def _affine(self, codes: AffineCodes) -> Quantised:
         scales, biases = mx.array(codes.scales), mx.array(codes.biases)
         if self.halves_scales:
-            # As the file has them, if it has 16 bits. Q4_K has products of 16 and 6 bits: the nearest f16 is off by
-            # less than a thousandth of the step between two codes.
+            # As the file has them, if it has 16 bits. Q4_K has products of 16 and 6 bits: the nearest f16 moves a
+            # value by less than 1 % of the step between two codes.
             halved = [[part.astype(half) for part in (scales, biases)] for half in (mx.bfloat16, mx.float16)]
             equal = [
                 all(

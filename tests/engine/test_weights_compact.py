@@ -109,7 +109,7 @@ def test_halves_stay_halves(gpu_like: MlxOps, kind: str) -> None:
 
 
 def test_q4_k_fits_16_bit_scales(gpu_like: MlxOps) -> None:
-    """Five bits a weight instead of 4.5; a value is off by less than 0.3 % of the step between two codes."""
+    """Five bits a weight instead of 4.5; a value moves by less than 1 % of the step between two codes."""
     raw = RNG.integers(0, 256, (6, 2 * 144), dtype=np.uint8)
     for block in (0, 144):
         raw[:, block : block + 4] = np.array([0.013, 0.021], np.float16).view(np.uint8)
@@ -119,8 +119,9 @@ def test_q4_k_fits_16_bit_scales(gpu_like: MlxOps) -> None:
     exact = Quantised(
         weight.codes, *(part.astype(mx.float32) for part in (weight.scales, weight.biases)), 32, 4, mx.float32
     )
-    step = np.repeat(np.maximum(np.abs(wanted.scales), np.abs(wanted.biases) / 8), 32, axis=-1)
-    assert (np.abs(dequantised(exact) - wanted.dense()) <= 0.012 * step).all()
+    # Minima of real files lie within the 16 steps that the codes span.
+    step = np.repeat(np.maximum(np.abs(wanted.scales), np.abs(wanted.biases) / 16), 32, axis=-1)
+    assert (np.abs(dequantised(exact) - wanted.dense()) < 0.01 * step).all()
 
 
 def wide_folder(folder: Path, layout: str) -> Path:
