@@ -87,15 +87,22 @@ class Daemon:
                 stderr=log,
                 start_new_session=True,
             )
+        try:
+            self._wait(began)
+        except BaseException:
+            self.kill()  # whoever is stopped while waiting has no `with` block yet that would end it
+            raise
+        return time.perf_counter() - began
+
+    def _wait(self, began: float) -> None:
         while True:
             try:
                 with Connection(self.target, timeout=5) as connection:
                     if connection.call("PING") == Status("PONG"):
-                        return time.perf_counter() - began
+                        return
             except OSError:
                 pass
             if not self.is_running or time.perf_counter() - began > START_TIMEOUT_S:
-                self.kill()
                 raise DaemonError(f"kvdb-server did not start:\n{self.log_tail()}")
             time.sleep(0.005)
 

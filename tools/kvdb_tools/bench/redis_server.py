@@ -39,15 +39,22 @@ class RedisServer:
         command = [need("redis-server"), "--port", str(self.target.port), "--dir", str(self.directory), "--save", ""]
         command += ["--appendonly", "yes", "--appendfsync", self._appendfsync]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            self._wait()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def _wait(self) -> None:
         began = time.perf_counter()
         while time.perf_counter() - began < START_TIMEOUT_S:
             try:
                 with Connection(self.target, timeout=5) as connection:
                     if connection.call("PING") == Status("PONG"):
-                        return self
+                        return
             except OSError:
                 time.sleep(0.01)
-        self._end()
         raise MissingError("redis-server did not start")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
