@@ -13,7 +13,7 @@ from kvdb.commands.registry import handler
 from kvdb.errors import KvdbError
 from kvdb.store.entries import Entry, EntryType, SnapshotValue
 from kvdb.store.errors import as_kvdb_error
-from kvdb.store.exchange import plain_name, read_archive, read_file, write_file
+from kvdb.store.exchange import plain_name, read_archive, read_archive_file, read_file, write_file
 from kvdb.store.records import ModelRecord
 from kvdb_protocol.kvc import encode_kvc
 from kvdb_protocol.resp import Reply
@@ -106,19 +106,23 @@ async def import_(client: Client, raw: list[bytes]) -> Reply:
         raise unknown_option(source)
     server = client.server
     store = server.store
-    data = memoryview(given)
+    data, path, doing = memoryview(given), Path(), "import"
     if source == b"FILE":
         name = plain_name(given)
-        data = await store.in_pool(partial(read_file, store.files, transfer_folder(client) / name), f"import of {name}")
+        path, doing = transfer_folder(client) / name, f"import of {name}"
+        data = await store.in_pool(partial(read_file, store.files, path, 8), doing)
     created_ms = int(time.time() * 1e3)
     meta: dict[bytes, bytes] = {}
     if ds4_exchange.is_kv(data):
+        if source == b"FILE":
+            data = await store.in_pool(partial(read_file, store.files, path), doing)
         models = [model.info for model in server.models.values()]
         read = partial(ds4_exchange.read_kv, models, data, cross_quant=server.sessions.cross_quant)
         state, meta = await store.in_pool(read, "import")
         created_ms = 1000 * int(meta[ds4_exchange.CREATED]) or created_ms
     else:
-        archive, state = await store.in_pool(partial(read_archive, data), "import")
+        read_it = partial(read_archive_file, store.files, path) if source == b"FILE" else partial(read_archive, data)
+        archive, state = await store.in_pool(read_it, doing)
         await store.register_model(ModelRecord(archive.model, archive.fingerprint, archive.family, archive.layout))
         created_ms = archive.created_ms
 

@@ -102,7 +102,7 @@ async def test_freed_bytes_are_given_back_after_a_backup(tmp_path: Path) -> None
     store._segments.pause_tidying()
     store.keyspace.delete(0, b"a")
     await store.keyspace.flush()
-    assert (await store.stats()).segments_disk == before
+    assert (await store.stats()).segments_disk > before // 2
     store._segments.resume_tidying(store._committer.in_thread)
     await store.keyspace.flush()
     assert (await store.stats()).segments_disk < before // 2

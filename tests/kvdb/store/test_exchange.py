@@ -13,7 +13,8 @@ import pytest
 
 from kvdb import ds4_exchange
 from kvdb.errors import CorruptError, KvdbError, WrongModelError
-from kvdb.store.exchange import plain_name, read_archive, read_file, write_file
+from kvdb.store.exchange import plain_name, read_archive, read_archive_file, read_file, write_file
+from kvdb.store.files import OsFiles
 from kvdb.store.records import CommittedSnapshot, ModelRecord
 from kvdb.store.store import Store
 from kvdb.store.verify import verify
@@ -99,6 +100,62 @@ async def test_damaged_archives_are_refused_whole(store: Store) -> None:
     with pytest.raises(CorruptError):
         read_archive(data + bytes(4096))
     assert (await store.stats()).snapshots == 0
+
+
+class CountingFiles(OsFiles):
+    """Knows the largest piece that was read."""
+
+    def __init__(self) -> None:
+        self.largest = 0
+
+    def read(self, fd: int, n_bytes: int, offset: int) -> bytes:
+        self.largest = max(self.largest, n_bytes)
+        return super().read(fd, n_bytes, offset)
+
+
+async def test_an_archive_in_a_file_is_read_record_by_record(store: Store, tmp_path: Path) -> None:
+    done = await put_snapshot(store, b"k", tokens(30 * PAGE + 7))
+    path = tmp_path / "archive"
+    path.write_bytes(await export(store, done.id))
+    files = CountingFiles()
+    archive, state = read_archive_file(files, path)
+    assert 0 < files.largest < path.stat().st_size // 4
+    assert archive == read_archive(path.read_bytes())[0]
+    assert (state.n_tokens, state.n_bytes) == (30 * PAGE + 7, done.bytes_new)
+    other = Store.open(tmp_path / "two", loop=asyncio.get_running_loop(), files=files)
+    await other.register_model(ModelRecord(archive.model, archive.fingerprint, archive.family, archive.layout))
+    found = await other.import_state(state, key=(0, b"in"), make_entry=snapshot_entry, created_ms=1)
+    assert found.id == done.id
+    assert files.largest < path.stat().st_size // 4
+    assert await other.token_ids(found.id) == pack_ids(tokens(30 * PAGE + 7))
+    assert list(verify(other._index, tmp_path / "two" / "segments", other._files, deep=True)) == []
+    # One that changes between the check and the write is not taken in.
+    other.keyspace.delete(0, b"in")
+    await other.keyspace.flush()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match="changed while it was imported"):
+        await other.import_state(state, key=(0, b"in"), make_entry=snapshot_entry, created_ms=1)
+    assert (await other.stats()).snapshots == 0
+    await other.close()
+
+
+async def test_damaged_archives_in_files_are_refused(store: Store, tmp_path: Path) -> None:
+    done = await put_snapshot(store, b"k", tokens(2 * PAGE + 7))
+    data = await export(store, done.id)
+    path = tmp_path / "archive"
+    for at in (0, 9, 13, 17, 21, 40, 4096, 4096 + 8, 4096 + 40, 4096 + 100, len(data) // 2, len(data) - 9000):
+        changed = bytearray(data)
+        changed[at] ^= 0x21
+        if bytes(changed) != data:
+            path.write_bytes(changed)
+            with pytest.raises(CorruptError):
+                read_archive_file(OsFiles(), path)
+    for damaged in (b"", data[:31], data[:100], data[:4096], data[:5000], data[:-4096], data + bytes(4096)):
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptError):
+            read_archive_file(OsFiles(), path)
 
 
 async def test_a_damaged_record_is_not_exported(store: Store) -> None:
