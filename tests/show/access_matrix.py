@@ -142,7 +142,7 @@ def without_tls(port: int) -> str:
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="The same; it is quick.")
+@click.option("--quick", is_flag=True, help="One setting of tls-auth-clients instead of three.")
 def main(quick: bool) -> None:
     """Print the attempts and their verdicts; exit 1 when one is not the expected one."""
     console = Console(highlight=False, width=150)
@@ -153,7 +153,7 @@ def main(quick: bool) -> None:
         folder = Path(scratch)
         make_certificates(folder)
         n_wrong, n_done = 0, 0
-        for demand in ("yes", "optional", "no"):
+        for demand in ("yes",) if quick else ("yes", "optional", "no"):
             options = {
                 "model": "synthetic:dsv4-nano", "unixsocket": str(folder / "sock"), "tls-port": str(free_port()),
                 "tls-cert-file": str(folder / "server.crt"), "tls-key-file": str(folder / "server.key"),

@@ -202,7 +202,7 @@ def limits(call: Caller, daemon: Daemon, vocab: int) -> list[tuple[str, str, boo
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="4 clients with 2 requests each.")
+@click.option("--quick", is_flag=True, help="6 clients with one request each.")
 @click.option("--clients", "n_clients", default=50, show_default=True)
 @click.option("--tokens", "n_tokens", default=512, show_default=True, help="Of each request.")
 @click.option("--model", default="dsv4-nano", show_default=True)
@@ -211,7 +211,7 @@ def main(quick: bool, n_clients: int, n_tokens: int, model: str) -> None:
     console = Console(highlight=False)
     per_client = 4
     if quick:
-        n_clients, per_client = 4, 2
+        n_clients, per_client = 6, 1
     table = Table(title=f"{n_clients * per_client} requests of {n_tokens} tokens from {n_clients} clients, {model}")
     for name in ("claim", "found", ""):
         table.add_column(name)

@@ -267,7 +267,7 @@ def daemon_part(console: Console, n_sequences: int, seed: int) -> bool:
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="40,000 and 2,000 sequences.")
+@click.option("--quick", is_flag=True, help="20,000 and 1,000 sequences.")
 @click.option("--parser", "n_parser", default=5_000_000, show_default=True)
 @click.option("--daemon", "n_daemon", default=200_000, show_default=True)
 @click.option("--jobs", default=2, show_default=True, help="Processes for the parser.")
@@ -276,7 +276,7 @@ def main(quick: bool, n_parser: int, n_daemon: int, jobs: int, seed: int) -> Non
     """Print counts, memory and time; exit 1 after a crash, a hang or a leak."""
     console = Console(highlight=False, soft_wrap=True)
     if quick:
-        n_parser, n_daemon = 40_000, 2_000
+        n_parser, n_daemon = 20_000, 1_000
     fine = [part for part in (n_parser and parser_part(console, n_parser, jobs, seed),
                               n_daemon and daemon_part(console, n_daemon, seed)) if part is not None]  # fmt: skip
     console.print("no crash, no hang, no leak" if all(part is not False for part in fine) else "FAILED")
