@@ -37,7 +37,7 @@ from kvdb.store.work import Extent, Work, settle
 DISK_FULL = "the disk is full: free space or delete keys, then retry"
 
 RETRY_S = 1.0
-TIDY_S = 0.1
+TIDY_S = 0.5
 
 T = TypeVar("T")
 ItemFunction = Callable[[Txn, Work], T]
@@ -153,9 +153,9 @@ class Committer:
         while self._running is not None:
             await asyncio.shield(self._running)
 
-    def _tidy_soon(self) -> None:
-        """Punching makes the next sync slower, so what clients overwrite and delete is given back in batches."""
-        if self._tidying is None and self._segments.pins.are_late:
+    def tidy_soon(self) -> None:
+        """Give back in a moment what may be by then: punching makes the next sync slower, so batches are better."""
+        if not self._is_closed and self._tidying is None and self._segments.pins.are_late:
             self._tidying = self._loop.call_later(TIDY_S, self._tidy)
 
     def _tidy(self) -> None:
@@ -213,7 +213,7 @@ class Committer:
             this.work.freed += this.dropped
         self._segments.pins.free(this.work.freed, this.work.unlinked)
         if this.overlay is not None:
-            self._tidy_soon()
+            self.tidy_soon()
         else:
             self._tidy()
         if self._waiting or self._wanted:

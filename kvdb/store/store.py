@@ -517,8 +517,7 @@ class Store:
 
     def give_back_late(self) -> None:
         """Free what had to wait for a reader that is done now."""
-        if self._segments.pins.are_late and not self._is_closed:
-            self._committer.in_thread(self._segments.tidy)
+        self._committer.tidy_soon()
 
     # Care
 
