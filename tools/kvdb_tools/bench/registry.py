@@ -27,7 +27,7 @@ SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario
     for scenario in (
         Scenario("commands", "PING SET GET HSET against redis-server, by redis-benchmark", commands.run),
-        Scenario("values", "SET and GET of 1 to 256 MiB against redis-server; memory with 1 GiB and with unread replies",
+        Scenario("values", "SET and GET of 1 to 256 MiB against redis-server; memory with 1 GiB and unread replies",
                  values.run),
         Scenario("session50", "a 50-step session: bytes against whole-state files, FORK at 100 and 16,000 tokens",
                  session50.run),
