@@ -44,7 +44,8 @@ def calibrate(
     """Quantise the routed experts of every layer on these tokens.
 
     scratch: a folder for the codes, which the result maps: it must outlive the result. progress(experts done, experts).
-    Raises ModelError. Returns stacked codes (n_experts, ...) by (layer, part), part being w1 (gate), w3 (up) or w2 (down).
+    Raises ModelError. Returns stacked codes (n_experts, ...) by (layer, part), part being w1 (gate), w3 (up) or w2
+    (down).
     """
     ops = _Quantising(config, ways, scratch, progress)
     model = Model(ops, config, load_weights(ops, config, source))
