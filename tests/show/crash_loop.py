@@ -140,7 +140,7 @@ class Job:
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="6 kills.")
+@click.option("--quick", is_flag=True, help="4 kills.")
 @click.option("--kills", default=500, show_default=True)
 @click.option("--seed", default=1, show_default=True)
 @click.option("--jobs", default=2, show_default=True, help="Daemons that are killed side by side.")
@@ -149,7 +149,7 @@ class Job:
 def main(quick: bool, kills: int, seed: int, jobs: int, model: str, maxstore: str) -> None:
     """Print what was done, checked and found; exit 1 when anything acknowledged is lost or wrong, or damaged."""
     console = Console(highlight=False, soft_wrap=True)
-    kills, jobs = (6, 1) if quick else (kills, jobs)
+    kills, jobs = (4, 1) if quick else (kills, jobs)
     options = {
         "model": model,
         "appendfsync": "always",

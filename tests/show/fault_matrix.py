@@ -42,7 +42,7 @@ from kvdb.store.store import Store
 from kvdb_tools.check import check
 from kvdb_tools.cli.connection import Connection, Target
 from kvdb_tools.cli.reply import ErrorReply
-from kvdb_tools.daemon import Caller, free_port
+from kvdb_tools.daemon import Caller
 from tests.kvdb.store.faults import FailingFiles
 
 LARGE = random.Random(1).randbytes(200_000)
@@ -345,13 +345,14 @@ async def run(folder: Path, wanted: list[str]) -> tuple[dict[str, Row], list[str
     files = FailingFiles()
     real_open = Store.open
     Store.open = lambda path, *, loop, files_=files: real_open(path, loop=loop, files=files_)  # type: ignore[assignment,method-assign,misc]
-    port = free_port()
-    options = ["--dir", str(folder), "--port", str(port), "--bind", "127.0.0.1", "--appendfsync", "always"]
+    folder.mkdir()
+    socket = str(folder.parent / "socket")
+    options = ["--dir", str(folder), "--port", "0", "--unixsocket", socket, "--appendfsync", "always"]
     model = "synthetic:dsv4-nano,page_tokens=128"
     server = Server(config.from_command_line([*options, "--model", model]), Backend())
     await server.start()
     Store.open = real_open  # type: ignore[method-assign]
-    connection = await asyncio.to_thread(Connection, Target(port=port), timeout=60)
+    connection = await asyncio.to_thread(Connection, Target(unixsocket=socket), timeout=60)
     place = Place(folder, files, server, Caller(connection))
     for words in (
         ("SET", "text", "small"),

@@ -196,14 +196,14 @@ def _job(arguments: tuple[Path, int, str, Contents]) -> Result:
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="60 flips.")
+@click.option("--quick", is_flag=True, help="40 flips.")
 @click.option("--flips", default=10_000, show_default=True, help="Half of them in the index.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--jobs", default=2, show_default=True)
 def main(quick: bool, flips: int, seed: int, jobs: int) -> None:
     """Print the classes and their counts; exit 1 when a flip is neither found nor without effect."""
     console = Console(highlight=False, soft_wrap=True)
-    flips, jobs = (60, 1) if quick else (flips, jobs)
+    flips, jobs = (40, 1) if quick else (flips, jobs)
     began = time.time()
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "store"
