@@ -68,13 +68,12 @@ def test_a_state_comes_back_and_every_row_is_checked(places: list[Place]) -> Non
 
 def test_pages_come_through_few_buffers(places: list[Place], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvdb_engine.state_reader.PIECE_BYTES", 4096)
-    monkeypatch.setattr("kvdb_engine.state_reader.AHEAD", 2)
+    monkeypatch.setattr("kvdb_engine.state_reader.AHEAD", 1)  # with more, timing decides which one is used again
     with StateReader(INFO.layout, places) as reader:
         reader.tail()
         pages = reader.pages()
         first = next(pages)
         before = bytes(first.ids)
-        next(pages)
         next(pages)
         assert bytes(first.ids) != before  # so whoever keeps a page must copy it
 
