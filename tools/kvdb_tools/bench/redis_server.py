@@ -37,7 +37,8 @@ class RedisServer:
     def __enter__(self) -> RedisServer:
         self.directory.mkdir(parents=True, exist_ok=True)
         command = [need("redis-server"), "--port", str(self.target.port), "--dir", str(self.directory), "--save", ""]
-        command += ["--appendonly", "yes", "--appendfsync", self._appendfsync]
+        # One address: on all of them, a port that someone else uses on any is taken.
+        command += ["--bind", "127.0.0.1", "--appendonly", "yes", "--appendfsync", self._appendfsync]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             self._wait()
