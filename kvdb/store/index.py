@@ -5,8 +5,9 @@ One thread writes (committer.py). LMDB commits are copy-on-write and synced, so 
 some whole commit.
 
 Every value is followed by a crc32c (u32 little-endian) of the table's number, the key and the value; a row that fails
-it is never used. META "txn" names the last transaction that changed anything. What LMDB itself takes on trust, its
-pages, is checked by index_pages.py: the meta pages whenever the index is opened to be served, all of it by VERIFY.
+it is never used. A row whose key was hit is not found at all, and LMDB takes its own pages on trust: index_damage.py
+accounts for every page and row before an index is served, and again in VERIFY. META "txn" names the last transaction
+that changed anything; it must be the one of LMDB's meta page, whoever opens the index.
 An index of format 1, which had neither, is rewritten when it is opened to be served and can be read without.
 """
 
@@ -27,7 +28,7 @@ from google_crc32c import extend
 
 from kvdb.errors import CorruptError, KvdbError
 from kvdb.store.errors import as_kvdb_error
-from kvdb.store.index_pages import check_pages, check_stamps
+from kvdb.store.index_pages import check_stamps
 from kvdb.store.rows import ModelRow, PageRow, SegmentRow, SnapshotRow, pack
 from kvdb_protocol.errors import FormatError
 
@@ -37,7 +38,7 @@ _WITHOUT_CHECKSUMS = 1
 # is not allowed by LMDB, so it is taken large once.
 MAP_BYTES = 1 << 40
 STAMP = b"txn"
-_FORMAT = b"format"
+FORMAT_NAME = b"format"
 _TRIES = 20
 
 
@@ -106,19 +107,19 @@ def from_end_key(data: bytes) -> tuple[bytes, int, bytes, bytes]:
 
 
 CRC_BYTES = 4
-_TABLE_CRC = [extend(0, bytes([table])) for table in Table]
+TABLE_CRC = [extend(0, bytes([table])) for table in Table]
 
 
 def seal(table: Table, key: bytes, value: bytes) -> bytes:
     """A value as it is stored."""
-    crc: int = extend(extend(_TABLE_CRC[table], key), value)
+    crc: int = extend(extend(TABLE_CRC[table], key), value)
     return value + crc.to_bytes(CRC_BYTES, "little")
 
 
 def unseal(table: Table, key: bytes, stored: bytes) -> bytes:
     """Inverse of seal. Raises CorruptError."""
     value = stored[:-CRC_BYTES]
-    if extend(extend(_TABLE_CRC[table], key), value) != int.from_bytes(stored[-CRC_BYTES:], "little"):
+    if extend(extend(TABLE_CRC[table], key), value) != int.from_bytes(stored[-CRC_BYTES:], "little"):
         raise CorruptError(f"a row of table {table.name.lower()} of the index fails its checksum: run kvdb-check")
     return value
 
@@ -331,20 +332,6 @@ class Index:
         finally:
             os.close(fd)
 
-    def check_pages(self, txn: Txn) -> None:
-        """Walk every page that a read transaction sees. Raises CorruptError."""
-        fd = os.open(self.path / "data.mdb", os.O_RDONLY | os.O_CLOEXEC)
-
-        def read(offset: int, n_bytes: int) -> bytes:
-            return os.pread(fd, n_bytes, offset)
-
-        try:
-            check_pages(read, txn.raw.id(), {table.name.lower().encode(): table for table in Table})
-        except FormatError as error:
-            raise CorruptError(f"the pages of the index: {error}") from error
-        finally:
-            os.close(fd)
-
     def _open_tables(self, read_only: bool) -> list[Any]:
         names = [table.name.lower().encode() for table in Table]
         if not read_only:
@@ -388,7 +375,7 @@ class Index:
             for key, value in list(txn.scan(table)):
                 txn.put(table, key, value)
         txn.put_meta(STAMP, raw.id())
-        txn.put_meta(_FORMAT, FORMAT_VERSION)
+        txn.put_meta(FORMAT_NAME, FORMAT_VERSION)
 
     def begin(self) -> Txn:
         """A read transaction that the caller ends with `txn.raw.abort()`."""
@@ -437,11 +424,11 @@ class Index:
 
 def _format(raw: lmdb.Transaction, tables: Sequence[Any]) -> int | None:
     """The index's format; None if it is new. Raises CorruptError."""
-    stored = raw.get(_FORMAT, db=tables[Table.META])
+    stored = raw.get(FORMAT_NAME, db=tables[Table.META])
     if stored is None:
         return None
     value = (
-        stored if len(stored) <= CRC_BYTES else unseal(Table.META, _FORMAT, bytes(stored))
+        stored if len(stored) <= CRC_BYTES else unseal(Table.META, FORMAT_NAME, bytes(stored))
     )  # format 1 has no checksum
     return int(msgpack.unpackb(value))
 

@@ -26,14 +26,14 @@ All little-endian, as LMDB 0.9 writes them on every machine that kvdb runs on.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 from kvdb_protocol.errors import FormatError
 
 Read = Callable[[int, int], bytes]  # (offset, bytes) -> those bytes, fewer at the end of the file
+Row = tuple[bytes, bytes, int]  # key, data, flags
 
 _HEADER = struct.Struct("<QHHHH")
 _NODE = struct.Struct("<HHHH")
@@ -131,12 +131,20 @@ class Walk:
             found[name] = Tree.decode(data)
         return found
 
-    def all(self) -> None:
-        """Account for every page: all tables, and the free list."""
-        for name, tree in self.tables().items():
-            for _, _, flags in self.tree(tree, name.decode(errors="replace")):
-                if flags:
-                    raise FormatError(f"table {name.decode(errors='replace')}: a row with flags {flags}")
+    def all(self, known: Collection[bytes], look: Callable[[bytes, list[Row]], None]) -> None:
+        """Account for every page: all tables, whose names must be among `known`, and the free list.
+
+        look: is shown every table's rows, leaf by leaf.
+        """
+        tables = self.tables()
+        if unknown := tables.keys() - known:
+            raise FormatError(f"it has a table {min(unknown)!r} that this program does not know")
+        for name, tree in tables.items():
+            what = name.decode()
+            for rows in self.leaves(tree, what):
+                if flags := max(row[2] for row in rows):
+                    raise FormatError(f"table {what}: a row with flags {flags}")
+                look(name, rows)
         for _, data, flags in self.tree(self._meta.free, "free"):
             if flags:
                 raise FormatError(f"the free list has a row with flags {flags}")
@@ -157,8 +165,13 @@ class Walk:
             raise FormatError(f"page {page} is used twice, by {what} the second time")
         self._used.add(page)
 
-    def tree(self, tree: Tree, name: str) -> Iterator[tuple[bytes, bytes, int]]:
+    def tree(self, tree: Tree, name: str) -> Iterator[Row]:
         """(key, data, flags) of every row in order."""
+        for rows in self.leaves(tree, name):
+            yield from rows
+
+    def leaves(self, tree: Tree, name: str) -> Iterator[list[Row]]:
+        """The same, leaf by leaf."""
         if tree.root == _NO_PAGE:
             if any((tree.depth, tree.branch_pages, tree.leaf_pages, tree.overflow_pages, tree.rows)):
                 raise FormatError(f"table {name} has no root")
@@ -167,11 +180,11 @@ class Walk:
         if not tree.depth or tree.flags & ~_INTEGER_KEYS or is_number != (name == "free"):
             raise FormatError(f"table {name} has depth {tree.depth} and flags {tree.flags}")
         counts = {_BRANCH: 0, _LEAF: 0, _OVERFLOW: 0}
-        rows = 0
-        for row in self._below(tree.root, tree.depth, None, None, name, is_number, counts):
-            rows += 1
-            yield row
-        found = (counts[_BRANCH], counts[_LEAF], counts[_OVERFLOW], rows)
+        n_rows = 0
+        for rows in self._below(tree.root, tree.depth, None, None, name, is_number, counts):
+            n_rows += len(rows)
+            yield rows
+        found = (counts[_BRANCH], counts[_LEAF], counts[_OVERFLOW], n_rows)
         if found != (tree.branch_pages, tree.leaf_pages, tree.overflow_pages, tree.rows):
             raise FormatError(f"table {name} has {found} pages and rows, {tree[3:7]} are counted")
 
@@ -184,8 +197,8 @@ class Walk:
         name: str,
         is_number: bool,
         counts: dict[int, int],
-    ) -> Iterator[tuple[bytes, bytes, int]]:
-        """The rows below a page, whose keys must lie in [low, high)."""
+    ) -> Iterator[list[Row]]:
+        """The rows below a page, leaf by leaf, whose keys must lie in [low, high)."""
         what = f"table {name}"
         self._use(page, what)
         data = self._read(page * self._size, self._size)
@@ -197,11 +210,12 @@ class Walk:
             keys[0] = low or b""  # LMDB does not look at the first separator
         _check_order(keys, low, high, is_number, f"page {page} of {what}")
         if kind == _LEAF:
-            for key, value, flags in nodes:
-                if flags & _BIG:
-                    yield key, self._run(value, counts, what), flags & ~_BIG
-                else:
-                    yield key, value, flags
+            if any(flags & _BIG for _, _, flags in nodes):
+                nodes = [
+                    (key, self._run(value, counts, what), flags & ~_BIG) if flags & _BIG else (key, value, flags)
+                    for key, value, flags in nodes
+                ]
+            yield nodes
             return
         for at, (_, value, flags) in enumerate(nodes):
             child = int.from_bytes(value, "little") | flags << 32
@@ -224,7 +238,7 @@ class Walk:
         return data[_HEADER_BYTES:]
 
 
-def _nodes(data: bytes, page: int, kind: int, size: int, what: str) -> list[tuple[bytes, bytes, int]]:
+def _nodes(data: bytes, page: int, kind: int, size: int, what: str) -> list[Row]:
     """(key, data, flags) of a page's nodes. Data of a branch: 4 bytes of the page; of a large row: size, first page."""
     if len(data) < size:
         raise FormatError(f"{what}: the file ends within page {page}")
@@ -234,10 +248,11 @@ def _nodes(data: bytes, page: int, kind: int, size: int, what: str) -> list[tupl
     if lower % 2 or not _HEADER_BYTES < lower <= upper <= size:
         raise FormatError(f"{what}: page {page} is damaged")
     offsets = struct.unpack_from(f"<{(lower - _HEADER_BYTES) // 2}H", data, _HEADER_BYTES)
-    nodes, spans = [], []
+    if not offsets or min(offsets) != upper or max(offsets) + _NODE_BYTES > size:
+        raise FormatError(f"{what}: a node of page {page} lies outside")
+    nodes: list[Row] = []
+    ends = [upper]
     for at in offsets:
-        if at < upper or at + _NODE_BYTES > size:
-            raise FormatError(f"{what}: a node of page {page} lies outside")
         low, high, node_flags, n_key = _NODE.unpack_from(data, at)
         value_at = at + _NODE_BYTES + n_key
         if kind == _BRANCH:
@@ -246,14 +261,15 @@ def _nodes(data: bytes, page: int, kind: int, size: int, what: str) -> list[tupl
             end = value_at + 8
             value = data[at : at + 4] + data[value_at:end]
         else:
-            end = value_at + (low | high << 16)
+            end = value_at + low + (high << 16)
             value = data[value_at:end]
         if end > size:
             raise FormatError(f"{what}: a node of page {page} ends outside")
         nodes.append((data[at + _NODE_BYTES : value_at], value, node_flags))
-        spans.append((at, end + end % 2))
-    spans.sort()
-    if [start for start, _ in spans] + [size] != [upper, *(end for _, end in spans)]:
+        ends.append(end + (end & 1))
+    # Each node ends where another begins, or the page ends: they lie in one row, since none is empty.
+    ends.sort()
+    if ends != [*sorted(offsets), size]:
         raise FormatError(f"{what}: the nodes of page {page} do not fill it")
     return nodes
 
@@ -273,7 +289,7 @@ def _check_order(keys: list[bytes], low: bytes | None, high: bytes | None, is_nu
 
 
 def _is_in_order(keys: list[int] | list[bytes], low: int | bytes | None, high: int | bytes | None) -> bool:
-    if any(first >= second for first, second in pairwise(keys)):  # type: ignore[operator]
+    if keys != sorted(keys) or len(set(keys)) != len(keys):
         return False
     return (low is None or keys[0] >= low) and (high is None or keys[-1] < high)  # type: ignore[operator]
 
@@ -302,14 +318,16 @@ def check_stamps(read: Read, decode: Callable[[bytes, bytes], int | None]) -> No
                 raise FormatError(f"a meta page of transaction {meta.txn} leads to what transaction {found} wrote")
 
 
-def check_pages(read: Read, txn: int, known: Mapping[bytes, object]) -> None:
-    """Walk everything that transaction `txn` sees, which must not be overwritten meanwhile. Raises FormatError.
+def check_pages(
+    read: Read, txn: int | None, known: Collection[bytes], look: Callable[[bytes, list[Row]], None]
+) -> None:
+    """Walk everything that a transaction sees, which must not be overwritten meanwhile. Raises FormatError.
 
-    known: the names of the tables that may exist.
+    txn: its number; None for the newest. known: the names of the tables that may exist. look: is shown the rows of
+    each leaf, with the name of their table.
     """
-    meta = next((meta for meta in read_metas(read) if meta.txn == txn), None)
+    older, newer = read_metas(read)
+    meta = {older.txn: older, newer.txn: newer}.get(newer.txn if txn is None else txn)
     if meta is None:
         raise FormatError(f"no meta page is of transaction {txn}")
-    if unknown := Walk(read, meta).tables().keys() - known.keys():
-        raise FormatError(f"it has a table {min(unknown)!r} that this program does not know")
-    Walk(read, meta).all()
+    Walk(read, meta).all(known, look)

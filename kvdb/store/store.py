@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,6 +35,7 @@ from kvdb.store.exchange import IncomingState, export_archive, write_state
 from kvdb.store.files import Files, OsFiles
 from kvdb.store.holds import Holds
 from kvdb.store.index import Index, Table, Txn
+from kvdb.store.index_damage import check_while_serving, refuse_damaged
 from kvdb.store.lock import Lock
 from kvdb.store.lookup import Match, longest_prefix
 from kvdb.store.read import Reader, RecordPlace, plan, tail_place
@@ -100,20 +101,23 @@ class Store:
         self._verifying = asyncio.Lock()
         self.verified = (0, 0)  # bytes of records that STORE VERIFY has seen, and of all; of the last one
         self._is_closed = False
-        self.problems: list[str] = []  # what recovery found, in words
+        self.problems: list[str] = []  # what recovery, or the check of a large index, found: in words
+        self.checking: Future[None] | None = None  # of a large index
 
     @classmethod
     def open(cls, folder: Path, *, loop: asyncio.AbstractEventLoop, files: Files | None = None) -> Store:
         """Lock a data directory, create it if needed, and recover it.
 
         Recovery cuts every segment to its committed length, removes segments that the index does not know and gives
-        back freed bytes that a crash left. Raises KvdbError if another daemon has the directory.
+        back freed bytes that a crash left. Raises KvdbError if another daemon has the directory, CorruptError if the
+        index is damaged; a large one is checked after opening, see `problems`.
         """
         files = files or OsFiles()
         lock = None
         try:
             files.make_dir(folder)
             lock = Lock(folder / "LOCK")
+            is_checked = refuse_damaged(folder / "index")
             index = Index(folder / "index")
         except OSError as error:
             if lock is not None:
@@ -131,6 +135,8 @@ class Store:
             if isinstance(error, OSError):
                 raise as_kvdb_error(error, f"recovery of {folder}") from error
             raise
+        if not is_checked:
+            store.checking = store._pool.submit(check_while_serving, index, lambda: store._is_closed, store.problems)
         return store
 
     def _recover(self) -> None:

@@ -33,6 +33,7 @@ from kvdb.store.entries import (
 from kvdb.store.entry_writes import names_key
 from kvdb.store.files import Files
 from kvdb.store.index import Index, Table, Txn, end_key, from_place_key, from_u64, place_key, u64
+from kvdb.store.index_damage import damaged_rows
 from kvdb.store.read import Reader, RecordPlace, page_place, tail_place
 from kvdb.store.rows import ModelRow, PageRow, PlaceRow, RecordType, SegmentRow, SnapshotRow, pack_string_place
 from kvdb.store.segments import segment_name
@@ -135,17 +136,17 @@ def verify(
     """
     with index.read() as txn:
         try:
-            index.check_pages(txn)
+            damaged = damaged_rows(index.path, txn=txn.raw.id(), pause=index.give_way)
         except CorruptError as error:
             # LMDB would follow the damage anywhere, out of the file too: no row can be asked for.
             yield Finding("index", str(error))
             return
-        txn.damaged = []
+        txn.damaged = []  # rows that fail their checksum are taken as missing
         contents = load(txn)
         findings = list(check_index(txn, contents))
         findings += [
             Finding("index", f"a row of table {table.name.lower()} fails its checksum: {key.hex()}")
-            for table, key in sorted(set(txn.damaged))
+            for table, key in sorted(damaged)
         ]
     yield from findings
     for segment_id, row in contents.segments.items():

@@ -16,9 +16,10 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from kvdb.errors import KvdbError
+from kvdb.errors import CorruptError, KvdbError
 from kvdb.store.files import OsFiles
 from kvdb.store.index import Index
+from kvdb.store.index_damage import damaged_rows
 from kvdb.store.lock import Lock
 from kvdb.store.repair import repair
 from kvdb.store.verify import Finding, verify
@@ -37,6 +38,12 @@ def check(folder: Path, *, deep: bool, mend: bool, show_progress: bool = False) 
     """Verify a data directory, and repair it if `mend`. Raises KvdbError if it is none, or if a daemon has it."""
     lock = Lock(folder / "LOCK") if mend and folder.is_dir() else None
     try:
+        if mend:
+            try:
+                damaged_rows(folder / "index")
+            except CorruptError as error:  # nothing in it can be trusted, so nothing is changed
+                finding = Finding("index", str(error))
+                return Report([finding], [], [finding])
         index = Index(folder / "index", read_only=not mend)
         try:
             findings = _verify(index, folder, deep, show_progress)

@@ -10,6 +10,8 @@ import msgpack
 import pytest
 
 from kvdb.errors import CorruptError, KvdbError
+from kvdb.store import index_damage
+from kvdb.store.entries import Entry, EntryType, SessionValue
 from kvdb.store.files import OsFiles
 from kvdb.store.index import CRC_BYTES, STAMP, Index, Table, Txn, seal, unseal
 from kvdb.store.index_pages import Walk, read_metas
@@ -17,7 +19,8 @@ from kvdb.store.repair import repair
 from kvdb.store.store import Store
 from kvdb.store.verify import verify
 from kvdb_protocol.errors import FormatError
-from tests.kvdb.store.states import MODEL, PAGE, put_snapshot, string, tokens
+from kvdb_tools.check import check
+from tests.kvdb.store.states import MODEL, PAGE, pack_ids, put_snapshot, string, tokens
 
 
 @pytest.fixture
@@ -67,24 +70,83 @@ def test_a_value_is_sealed_with_its_key_and_table() -> None:
             unseal(table, key, data)
 
 
-async def test_one_damaged_row_hurts_its_key_only(folder: Path) -> None:
-    data = (folder / "index" / "data.mdb").read_bytes()
-    # Older versions of a page may still lie in the file: change all of them.
-    at = -1
-    while (at := data.find(b"value 7.", at + 1)) >= 0:
-        change(folder, at)
-    assert any("a row of table keys fails its checksum" in line for line in findings(folder))
+def change_all(folder: Path, what: bytes) -> None:
+    """Change every copy in place, under LMDB's map: older versions of a page may still lie in the file."""
+    path = folder / "index" / "data.mdb"
+    data, at = path.read_bytes(), -1
+    with path.open("r+b") as file:
+        while (at := data.find(what, at + 1)) >= 0:
+            file.seek(at)
+            file.write(bytes([what[0] ^ 1]))
+
+
+async def test_a_row_that_is_damaged_in_use_hurts_its_key_only(folder: Path) -> None:
     store = Store.open(folder, loop=asyncio.get_running_loop())
+    change_all(folder, b"value 7.")
     with pytest.raises(CorruptError, match="a row of table keys of the index fails its checksum"):
         store.keyspace.get(0, b"key7")
     assert store.keyspace.get(0, b"key9") == string(b"value 9." * 9)
     assert b"key7" in store.keyspace.scan(0, 0, 1000)[1]
+    assert [finding.message[:42] for finding in await store.verify(deep=True)] == [
+        "a row of table keys fails its checksum: 00"[:42], "database 0: 152 keys counted, 151 found"
+    ][::-1]  # fmt: skip
     assert store.keyspace.delete(0, b"key7")
     await store.keyspace.flush()
     assert store.keyspace.get(0, b"key7") is None
     assert store.keyspace.size(0) == 151
     await store.close()
     assert findings(folder) == []
+
+
+async def add_session(folder: Path) -> bytes:
+    """A session with a journal. Returns its uid."""
+    store = Store.open(folder, loop=asyncio.get_running_loop())
+    value = SessionValue(b"session's uid 16", MODEL.fingerprint, None, 0, None)
+    store.keyspace.put(0, b"session", Entry(EntryType.SESSION, 0, value))
+    store.keyspace.journal_append(value.uid, 0, pack_ids(range(50)))
+    await store.keyspace.flush()
+    await store.close()
+    return value.uid
+
+
+@pytest.mark.parametrize("what", [b"key153", b"value 7.", b"session's uid 16" + bytes(8)])
+async def test_an_index_with_a_damaged_row_is_not_served(folder: Path, what: bytes) -> None:
+    """Of a row whose key was hit no read can know: the key would be missing, the session shorter."""
+    await add_session(folder)
+    change_all(folder, what)
+    with pytest.raises(CorruptError, match=r"1 rows fail their checksum, in (keys|journal); kvdb-check --repair"):
+        Store.open(folder, loop=asyncio.get_running_loop())
+    report = check(folder, deep=True, mend=True)
+    assert any("that failed its checksum" in line for line in report.done)
+    assert report.left == []
+    store = Store.open(folder, loop=asyncio.get_running_loop())
+    assert store.keyspace.get(0, b"key9") == string(b"value 9." * 9)
+    await store.close()
+
+
+async def test_an_index_with_a_damaged_page_is_neither_served_nor_repaired(folder: Path) -> None:
+    _, meta = read_metas(reader(folder))
+    change(folder, Walk(reader(folder), meta).tables()[b"keys"].root * 4096 + 12, 0x40)
+    before = (folder / "index" / "data.mdb").read_bytes()
+    with pytest.raises(CorruptError, match="go back to a backup"):
+        Store.open(folder, loop=asyncio.get_running_loop())
+    report = check(folder, deep=True, mend=True)
+    assert len(report.left) == 1
+    assert "go back to a backup" in report.left[0].message
+    assert (folder / "index" / "data.mdb").read_bytes() == before
+
+
+async def test_a_large_index_is_checked_while_it_is_served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_damage, "CHECKED_FIRST_BYTES", 1000)
+    monkeypatch.setattr(index_damage, "_LEAVES_AT_A_TIME", 1)
+    for is_damaged in (False, True):
+        if is_damaged:
+            change_all(folder, b"key153")
+        store = Store.open(folder, loop=asyncio.get_running_loop())
+        assert store.checking is not None
+        await asyncio.wrap_future(store.checking)
+        assert [problem[:40] for problem in store.problems] == ["1 rows fail their checksum, in keys; kvd"] * is_damaged
+        await store.close()
 
 
 def test_repair_drops_damaged_rows(folder: Path) -> None:
