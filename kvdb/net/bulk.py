@@ -23,6 +23,8 @@ log = logging.getLogger("kvdb")
 
 # Received and not written: above this the socket is not read. One write in flight, the next one gathering.
 _WAITING_BYTES = 2 << 20
+# A write begins when so much has gathered, or the last byte is here: each one costs two changes of thread.
+_GATHER_BYTES = 1 << 20
 # The same over all connections: above it nobody gathers more while a write is in flight.
 _ALL_WAITING_BYTES = 64 << 20
 # Strings below this are read at once and sent as one object.
@@ -125,12 +127,14 @@ async def _send_string(client: Client, string: HeldString) -> None:
     try:
         reader = await store.open_string(string)
         try:
+            piece = await store.string_piece(reader, 0)
+            client.write(b"$%d\r\n" % n_bytes)
             for number in range(reader.n_pieces):
-                piece = await store.string_piece(reader, number)
-                if not sent:
-                    client.write(b"$%d\r\n" % n_bytes)
                 client.write(piece)
                 sent += len(piece)
+                if number + 1 < reader.n_pieces:
+                    # Read while the client takes this one.
+                    piece = await store.string_piece(reader, number + 1)
                 await client.drained()
                 if number % _PIECES_AT_ONCE == _PIECES_AT_ONCE - 1:
                     await asyncio.sleep(0)
@@ -171,7 +175,7 @@ class Receipt:
         self._string = HeldString(n_bytes)
         self._pieces: list[bytes] = []
         self._n_waiting = 0
-        self._has_ended = self._is_given_up = self._is_refused = False
+        self._has_ended = self._is_given_up = self._is_refused = self._is_paused = False
         self._news = asyncio.Event()
         self._task = client.server.loop.create_task(self._run())
         client.receipts.add(self)
@@ -187,6 +191,7 @@ class Receipt:
         Receipt.all_waiting_bytes += len(data)
         self._news.set()
         if self._n_waiting > (_WAITING_BYTES if Receipt.all_waiting_bytes < _ALL_WAITING_BYTES else 0):
+            self._is_paused = True
             self._client.pause_receiving()
 
     def end(self) -> bytes:

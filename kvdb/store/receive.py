@@ -82,7 +82,7 @@ class Incoming:
 
     async def write(self, pieces: Sequence[bytes]) -> None:
         """The next bytes. Raises KvdbError."""
-        await self._in_thread(partial(self._write, pieces))
+        await self._in_thread(partial(self._write_on, pieces))
 
     async def finish(self, pieces: Sequence[bytes], string: HeldString) -> None:
         """The last bytes: `string` stands for all of them now. Raises KvdbError."""
@@ -110,13 +110,18 @@ class Incoming:
         if self._fd < 0:
             self._fd = files.open(self._reservation.path, write=True)
         begin = self._reservation.offset + HEADER_BYTES
-        first = sums.n_bytes
         for piece in pieces:
             files.write(self._fd, piece, begin + sums.n_bytes)
             sums.add(piece)
-        files.start_writeback(self._fd, begin + first, sums.n_bytes - first)
         if sums.n_bytes - self._synced >= SYNC_BYTES:
             self._sync()
+
+    def _write_on(self, pieces: Sequence[bytes]) -> None:
+        first = self._sums.n_bytes
+        self._write(pieces)
+        begin = self._reservation.offset + HEADER_BYTES + first
+        # More is to come: the disk can work meanwhile. Behind the last bytes the round's sync follows at once.
+        self._files.start_writeback(self._fd, begin, self._sums.n_bytes - first)
 
     def _sync(self) -> None:
         segments, segment = self._receiver.segments, self._reservation.segment_id
