@@ -545,9 +545,8 @@ class Keyspace:
         self._clean[db].pop(key, None)
 
     def refresh(self) -> None:
-        """A round is over: read from the newest commit from now on."""
-        self._reader.raw.abort()
-        self._reader = self._index.begin()
+        """A round is over: read from the newest commit from now on. Raises KvdbError, see Index.renew."""
+        self._reader = self._index.renew(self._reader)
 
     def close(self) -> None:
         """End the read transaction."""

@@ -8,7 +8,7 @@ One round is in flight at a time. It takes the keyspace overlay and every item s
     3. commit, synced                                    a failure fails every item; the overlay stays in memory.
                                                          On a full disk: once more with the ballast's space, and
                                                          without the items that wrote records
-    4. on the event loop: readers see the commit, futures are resolved
+    4. on the event loop: readers see the commit, futures are resolved. If LMDB gave the index up it is opened again
     5. freed ranges are punched, empty segments unlinked: after some rounds at a time
 
 Steps 1 to 3 and 5 run in the commit thread. What arrives meanwhile waits for the next round, so a busy store commits
@@ -29,6 +29,7 @@ from kvdb.store.errors import as_kvdb_error
 from kvdb.store.files import Files
 from kvdb.store.holds import Holds, sweep
 from kvdb.store.index import Index, Txn
+from kvdb.store.pins import Pin
 from kvdb.store.segments import Segments
 from kvdb.store.strings import WRITER as STRINGS
 from kvdb.store.strings import LargeString, Refs, Stored, store_strings
@@ -85,6 +86,9 @@ class _Round:
     work: Work = field(default_factory=Work)
     error: KvdbError | None = None
     lost: KvdbError | None = None  # what a failed sync took: whoever waits for durability hears of it
+    is_committed: bool = False
+    # LMDB failed so late that the disk may hold the commit, or it cannot be read yet: what it frees stays for now.
+    is_in_doubt: bool = False
     full: NoSpaceError | None = None  # committed, but the ballast is gone: refuse new writes
 
 
@@ -116,6 +120,7 @@ class Committer:
         self._is_closed = False
         self._tidying: asyncio.TimerHandle | None = None
         self.rounds = 0
+        self._doubtful: list[Pin] = []  # kept until a commit succeeds
         with index.read() as txn:
             rows = txn.segments().values()
         self.live_bytes = sum(row.live for row in rows)
@@ -185,15 +190,30 @@ class Committer:
         running.add_done_callback(lambda done: self._finish(this, done))
 
     def _finish(self, this: _Round, done: asyncio.Future[None]) -> None:
+        try:
+            self._conclude(this, done)
+        finally:
+            if self._waiting or self._wanted:
+                self._loop.call_soon(self._start)
+            else:
+                assert self._running is not None
+                self._running.set_result(None)
+                self._running = None
+
+    def _conclude(self, this: _Round, done: asyncio.Future[None]) -> None:
         if (bug := done.exception()) is not None:
             this.error = as_kvdb_error(bug, "commit")
+        try:
+            self._refresh()
+        except Exception as problem:
+            this.error = this.error or as_kvdb_error(problem, "commit")
+            this.is_in_doubt = True
         self.rounds += 1
         self.error = this.error or this.full
         if self.error is not None:
             # Refused writes start no round: without this the store would not notice that there is space again.
             self._loop.call_later(RETRY_S, self.kick)
         self.live_bytes += sum(this.work.live_delta.values())
-        self._refresh()
         self._holds.end_round()
         if this.overlay is not None and self._overlay is not None:
             self._overlay.thawed(this.error)
@@ -201,7 +221,7 @@ class Committer:
             error = this.error or item.error or (this.lost if item.function is _nothing else None)
             if item.extent is not None:
                 self._segments.resolved(item.extent.segment)
-                if error is not None:
+                if error is not None and not (this.is_committed and item.error is None):
                     this.work.freed.append(item.extent)
             if item.future.done():
                 continue  # its command was cancelled; what it asked for is done all the same
@@ -209,19 +229,23 @@ class Committer:
                 item.future.set_exception(error)
             else:
                 item.future.set_result(item.result)
-        if this.error is not None:
+        if this.error is not None and not this.is_committed:
             this.work.freed += this.dropped
+        self._keep_doubtful(this)
         self._segments.pins.free(this.work.freed, this.work.unlinked)
         if this.overlay is not None:
             self.tidy_soon()
         else:
             self._tidy()
-        if self._waiting or self._wanted:
-            self._loop.call_soon(self._start)
-        else:
-            assert self._running is not None
-            self._running.set_result(None)
-            self._running = None
+
+    def _keep_doubtful(self, this: _Round) -> None:
+        """What a round in doubt frees is given back after the next commit: only then no power loss brings it back."""
+        pins = self._segments.pins
+        if this.is_in_doubt:
+            self._doubtful += [pins.hold(extent) for extent in this.work.freed]
+            self._doubtful += [pins.hold(Extent(segment, 0, 0)) for segment in this.work.unlinked]
+        elif this.error is None:
+            self._doubtful.clear()
 
     # In the commit thread from here on.
 
@@ -232,7 +256,8 @@ class Committer:
         except Exception as error:
             this.error = as_kvdb_error(error, "commit")
             # A write that is cut short by a full disk reaches us as MisconfError (errors.py).
-            if isinstance(this.error, NoSpaceError | MisconfError) and self._ballast.drop():
+            is_full = isinstance(this.error, NoSpaceError | MisconfError) and not self._index.is_given_up()
+            if is_full and self._ballast.drop():
                 self._commit_without_records(this, this.error)
         if not self._ballast.fill() and this.error is None:
             this.full = NoSpaceError(DISK_FULL)
@@ -272,8 +297,10 @@ class Committer:
         except BaseException:
             txn.raw.abort()
             this.work = Work()
+            this.is_in_doubt = self._index.is_given_up()
             self._holds.end_round()
             raise
+        this.is_committed = True
         for string in stored.fresh:
             string.is_committed = True
         if None in stored.refs.values():

@@ -13,8 +13,10 @@ An index of format 1, which had neither, is rewritten when it is opened to be se
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +28,14 @@ import lmdb
 import msgpack
 from google_crc32c import extend
 
-from kvdb.errors import CorruptError, KvdbError
+from kvdb.errors import CorruptError, KvdbError, MisconfError
 from kvdb.store.errors import as_kvdb_error
+from kvdb.store.gate import GIVEN_UP, Ended, Gate
 from kvdb.store.index_pages import check_stamps
 from kvdb.store.rows import ModelRow, PageRow, SegmentRow, SnapshotRow, pack
 from kvdb_protocol.errors import FormatError
+
+log = logging.getLogger("kvdb.store")
 
 FORMAT_VERSION = 2
 _WITHOUT_CHECKSUMS = 1
@@ -40,6 +45,7 @@ MAP_BYTES = 1 << 40
 STAMP = b"txn"
 FORMAT_NAME = b"format"
 _TRIES = 20
+REOPEN_WAIT_S = 5.0  # how long a thread waits for an index that is opened again
 
 
 class Table(IntEnum):
@@ -139,6 +145,7 @@ class Txn:
         self._changed = [False]  # shared with child transactions
         self.damaged: list[tuple[Table, bytes]] | None = None
         self.strict: frozenset[Table] = frozenset()
+        self.check: Callable[[], None] | None = None  # called for each row of a scan: a long walk gives way
 
     def child(self, txn: lmdb.Transaction) -> Txn:
         """A transaction within this one."""
@@ -229,6 +236,8 @@ class Txn:
             for key, stored in cursor:
                 if not key.startswith(prefix):
                     return
+                if self.check is not None:
+                    self.check()
                 try:
                     value = self.opened(table, key, stored)
                 except CorruptError:
@@ -295,15 +304,27 @@ class Txn:
 
 
 class Index:
-    """The open LMDB environment."""
+    """The open LMDB environment.
+
+    LMDB gives an environment up when writing a meta page fails. Then nothing begins any more until `renew` has opened
+    it again; the view, which began before, still reads.
+    """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         if read_only and not (path / "data.mdb").exists():
             raise KvdbError(f"{path} holds no index: not a kvdb data directory")
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self._gate = Gate()
+        self._view: Txn | None = None
+        self._view_thread = 0
+        self._newest = 0  # transaction that the view sees
+        self._must_sync = False
+        self._open(read_only)
+
+    def _open(self, read_only: bool) -> None:
         self._check_metas(_TRIES if read_only else 1)
-        self._env = _open_env(path, read_only)
+        self._env = _open_env(self.path, read_only)
         try:
             self._tables = self._open_tables(read_only)
         except BaseException:
@@ -378,23 +399,101 @@ class Index:
         txn.put_meta(FORMAT_NAME, FORMAT_VERSION)
 
     def begin(self) -> Txn:
-        """A read transaction that the caller ends with `txn.raw.abort()`."""
-        return Txn(self._env.begin(), self._tables, self._is_sealed)
+        """The view: a read transaction that this thread keeps, and renews after each commit or ends by `raw.abort`."""
+        view = Txn(self._env.begin(), self._tables, self._is_sealed)
+        self._view, self._view_thread, self._newest = view, threading.get_ident(), view.raw.id()
+        return view
+
+    def renew(self, view: Txn) -> Txn:
+        """A view of the newest commit in place of `view`. Between two rounds, in the thread of the view.
+
+        An index that LMDB gave up is opened again. While some thread still reads it, `view` itself is returned: the
+        next call tries again. Raises KvdbError if it cannot be opened; then `view` answers MISCONF to everything.
+        """
+        if not self.is_given_up():
+            fresh = self.begin()
+            view.raw.abort()
+            return fresh
+        if not self._gate.is_empty:
+            return view
+        view.raw.abort()
+        self._env.close()
+        try:
+            self._open(read_only=False)
+            if self._env.info()["last_txnid"] > self._newest:
+                self._env.close()
+                raise KvdbError("it holds a commit that was refused, and could not be taken back: restart the daemon")
+        except (KvdbError, OSError, lmdb.Error) as error:
+            message = f"the index cannot be opened again after a failed write: {as_kvdb_error(error, 'opening')}"
+            view.raw = Ended(message)
+            raise MisconfError(message) from error
+        log.warning("the index was opened again after a failed write")
+        self._must_sync = True
+        fresh = self.begin()
+        self._gate.open()
+        return fresh
+
+    def is_given_up(self) -> bool:
+        """Whether LMDB gave the environment up and `renew` has not opened it again yet."""
+        if not self._gate.is_shut:
+            try:
+                self._env.begin().abort()
+            except lmdb.PanicError:
+                self._gate.shut()
+        return self._gate.is_shut
+
+    def give_way(self) -> None:
+        """For long walks, which a new environment would wait for: raises MisconfError once the index is given up."""
+        self._gate.check()
 
     @contextmanager
     def read(self) -> Iterator[Txn]:
-        """A short read transaction: a consistent view of the last commit."""
-        with self._env.begin() as txn:
-            yield Txn(txn, self._tables, self._is_sealed)
+        """A short read transaction: a consistent view of the last commit. Raises MisconfError.
+
+        While the index is given up, the thread of the view gets that, and others wait for some seconds.
+        """
+        raw = self._enter()
+        if raw is None:
+            assert self._view is not None
+            yield Txn(self._view.raw, self._tables, self._is_sealed)
+            return
+        try:
+            with raw:
+                yield Txn(raw, self._tables, self._is_sealed)
+        finally:
+            self._gate.leave()
+
+    def _enter(self) -> lmdb.Transaction | None:
+        """A counted read transaction, or None where the view must do."""
+        while True:
+            has_view = self._view is not None and threading.get_ident() == self._view_thread
+            if not self._gate.enter(0 if has_view else REOPEN_WAIT_S):
+                if has_view:
+                    return None
+                raise MisconfError(GIVEN_UP)
+            try:
+                return self._env.begin()
+            except lmdb.PanicError:
+                self._gate.shut()
+                self._gate.leave()
+            except BaseException:
+                self._gate.leave()
+                raise
 
     def begin_write(self, parent: Txn | None = None) -> Txn:
         """A write transaction, ended by `commit` or `raw.abort`; or a child of one, ended through `raw`.
 
         It takes damaged rows as missing, so that one of them does not stop every later write. Nothing is freed for
-        that: what such a row referred to stays until a repair.
+        that: what such a row referred to stays until a repair. Raises MisconfError while the index is given up.
         """
         if parent is not None:
             return parent.child(self._env.begin(write=True, parent=parent.raw))
+        self._gate.check()
+        if self._must_sync:
+            # LMDB took the failed commit's meta page back in the page cache only. Were it on the disk when this
+            # transaction reuses that commit's pages, a power loss would leave a meta page that leads to other data.
+            self._env.sync(True)
+            self._must_sync = False
         txn = Txn(self._env.begin(write=True), self._tables)
         txn.damaged, txn.strict = [], frozenset({Table.META, Table.SEGMENTS, Table.PLACES})
         return txn
@@ -402,7 +501,8 @@ class Index:
     def copy(self, folder: Path) -> None:
         """Write the index as of the last commit to `folder`/data.mdb, without its free pages."""
         try:
-            self._env.copy(str(folder), compact=True)
+            with self.read():
+                self._env.copy(str(folder), compact=True)
             # The copy counts transactions anew; what its two meta pages lead to must name these.
             with lmdb.open(str(folder), map_size=MAP_BYTES, max_dbs=1, lock=False) as env:
                 meta = env.open_db(b"meta")

@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kvdb_protocol.errors import FormatError
@@ -46,6 +47,7 @@ _BRANCH, _LEAF, _OVERFLOW, _META_FLAG = 1, 2, 4, 8
 _BIG, _SUB = 1, 2  # node flags: the data is a run of pages; the data is a tree
 _INTEGER_KEYS = 8
 _NO_PAGE = (1 << 64) - 1
+_FAR_PAGE = 1 << 46  # behind every file, and still an offset
 _SMALLEST_PAGE, _LARGEST_PAGE = 512, 1 << 16
 
 
@@ -299,23 +301,38 @@ def check_stamps(read: Read, decode: Callable[[bytes, bytes], int | None]) -> No
 
     decode: (key, data) of a row of META -> the transaction it names, or None if it is another row.
 
-    When writing the meta page of transaction n fails, LMDB puts the number n - 2 back on it but leaves the roots of n:
-    nobody uses it, n - 1 is newer, and the next commit overwrites it. That is not damage.
+    When writing the meta page of transaction n fails, LMDB puts the number n - 2 back on it, and the last page, but
+    leaves the roots of n: nobody uses it, n - 1 is newer, and the next commit overwrites first its pages, then it. That
+    is not damage. So the older meta page may lead to what transaction n wrote, or to what is no tree at all; the
+    newest, were it to look like the older one, would lead to a whole tree.
     """
-    metas = read_metas(read)
-    numbers = {meta.txn for meta in metas}
-    for meta in metas:
-        if meta.main.root == _NO_PAGE:
-            continue
+    older, newer = read_metas(read)
+    _check_stamp(read, newer, decode, {newer.txn})
+    if older.txn + 1 == newer.txn:
+        # Its roots may lie behind what it says is the last page.
+        unbounded = replace(older, last_page=_FAR_PAGE)
+        with suppress(_NoTreeError):
+            _check_stamp(read, unbounded, decode, {older.txn, older.txn + 2})
+
+
+class _NoTreeError(FormatError):
+    """The pages that a meta page leads to are not those of a table META."""
+
+
+def _check_stamp(read: Read, meta: Meta, decode: Callable[[bytes, bytes], int | None], allowed: set[int]) -> None:
+    if meta.main.root == _NO_PAGE:
+        return
+    try:
         walk = Walk(read, meta)
         table = walk.tables().get(b"meta")
-        if table is None:
-            raise FormatError(f"transaction {meta.txn} has no table META")
-        for key, data, _ in walk.tree(table, "meta"):
-            found = decode(key, data)
-            was_taken_back = found == meta.txn + 2 and meta.txn + 1 in numbers
-            if found is not None and found != meta.txn and not was_taken_back:
-                raise FormatError(f"a meta page of transaction {meta.txn} leads to what transaction {found} wrote")
+        rows = [] if table is None else list(walk.tree(table, "meta"))
+        stamps = {found for key, data, _ in rows if (found := decode(key, data)) is not None}
+    except (FormatError, struct.error) as error:
+        raise _NoTreeError(str(error)) from error
+    if table is None:
+        raise _NoTreeError(f"transaction {meta.txn} has no table META")
+    if wrong := stamps - allowed:
+        raise FormatError(f"a meta page of transaction {meta.txn} leads to what transaction {min(wrong)} wrote")
 
 
 def check_pages(

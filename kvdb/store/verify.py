@@ -142,6 +142,7 @@ def verify(
             yield Finding("index", str(error))
             return
         txn.damaged = []  # rows that fail their checksum are taken as missing
+        txn.check = index.give_way
         contents = load(txn)
         findings = list(check_index(txn, contents))
         findings += [
