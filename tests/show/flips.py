@@ -5,10 +5,10 @@ is made once. Then, flip by flip, one random byte of one of its files is changed
 questions are asked of that copy: does kvdb-check --deep find it, and what does a daemon that opens the directory
 without checking it first answer for every key? A claim holds for a flip if
 
-    found      kvdb-check says so; what is served meanwhile is the right bytes or an error, or the key is missing
+    found      kvdb-check says so; the daemon refuses the directory, or each key gives its right bytes or CORRUPT
     no effect  kvdb-check is clean and every key, record and token is what it was
 
-Other bytes served, or anything changed that kvdb-check calls clean, is a violation.
+Other bytes served, a key missing, a daemon that dies, or anything changed that kvdb-check calls clean, is a violation.
 
     python tests/show/flips.py [--quick] [--flips N] [--seed N] [--jobs N]
 """
@@ -183,7 +183,7 @@ def try_flips(
             found = is_found(folder)
             what = serve(folder, expected)
             verdict = "found" if found else "no effect"
-            if what == OTHER or (not found and what != SAME):
+            if what in (OTHER, MISSING, DIED) or (not found and what != SAME):
                 verdict = "VIOLATION"
                 violations.append(f"byte {at} of {path.name}, 0x{old:02x} before: found {found}, served: {WORDS[what]}")
             counts[kind, verdict, what] += 1
