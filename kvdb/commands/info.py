@@ -18,6 +18,8 @@ from kvdb.net.statistics import total_commands
 from kvdb_protocol.resp import Reply, Verbatim
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from kvdb.net.client import Client
     from kvdb.net.service import Server
 
@@ -99,7 +101,15 @@ def _persistence(server: Server) -> Fields:
         "aof_rewrite_in_progress": 0,
         "aof_last_write_status": "ok" if server.store.write_error is None else "err",
         "appendfsync": server.config.text("appendfsync"),
+        "index_status": _index_status(server.store.checking),
     }
+
+
+def _index_status(checking: Future[str] | None) -> str:
+    """ok; checking, while a large index is checked; or what is wrong with it."""
+    if checking is None:
+        return "ok"
+    return (checking.result() or "ok") if checking.done() else "checking"
 
 
 def _stats(server: Server) -> Fields:

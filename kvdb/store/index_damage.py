@@ -78,8 +78,11 @@ def refuse_damaged(path: Path) -> bool:
     return True
 
 
-def check_while_serving(index: Index, is_closed: Callable[[], bool], problems: list[str]) -> None:
-    """The same for a large index that is in use, in a thread: adds what is wrong to `problems`, and logs it."""
+def check_while_serving(index: Index, is_closed: Callable[[], bool]) -> str:
+    """The same for a large index that is in use, in a thread: logs what is wrong and returns it in words, or "".
+
+    Gives way when the index has to be opened again; then that is what it returns.
+    """
     n_leaves, began = 0, time.monotonic()
 
     def pause() -> None:
@@ -91,7 +94,6 @@ def check_while_serving(index: Index, is_closed: Callable[[], bool], problems: l
             index.give_way()
             time.sleep(0.001)  # the event loop needs the interpreter, too
 
-    problem = ""
     try:
         with index.read() as txn:
             rows = damaged_rows(index.path, txn=txn.raw.id(), pause=pause)
@@ -100,12 +102,12 @@ def check_while_serving(index: Index, is_closed: Callable[[], bool], problems: l
         problem = str(error)
     except KvdbError as error:
         log.warning("the check of the index did not end: %s", error)
-        return
+        return f"not checked: {error}"
     if problem:
-        problems.append(problem)
         log.critical("the index is damaged, stop the daemon: %s", problem)
     else:
         log.info("the index is sound; checked in %.1f s", time.monotonic() - began)
+    return problem
 
 
 def _words(rows: list[tuple[Table, bytes]]) -> str:

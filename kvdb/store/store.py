@@ -101,8 +101,8 @@ class Store:
         self._verifying = asyncio.Lock()
         self.verified = (0, 0)  # bytes of records that STORE VERIFY has seen, and of all; of the last one
         self._is_closed = False
-        self.problems: list[str] = []  # what recovery, or the check of a large index, found: in words
-        self.checking: Future[None] | None = None  # of a large index
+        self.problems: list[str] = []  # what recovery found, in words
+        self.checking: Future[str] | None = None  # the check of a large index: what it found, in words
 
     @classmethod
     def open(cls, folder: Path, *, loop: asyncio.AbstractEventLoop, files: Files | None = None) -> Store:
@@ -110,7 +110,7 @@ class Store:
 
         Recovery cuts every segment to its committed length, removes segments that the index does not know and gives
         back freed bytes that a crash left. Raises KvdbError if another daemon has the directory, CorruptError if the
-        index is damaged; a large one is checked after opening, see `problems`.
+        index is damaged; a large one is checked after opening: `checking`.
         """
         files = files or OsFiles()
         lock = None
@@ -136,7 +136,7 @@ class Store:
                 raise as_kvdb_error(error, f"recovery of {folder}") from error
             raise
         if not is_checked:
-            store.checking = store._pool.submit(check_while_serving, index, lambda: store._is_closed, store.problems)
+            store.checking = store._pool.submit(check_while_serving, index, lambda: store._is_closed)
         return store
 
     def _recover(self) -> None:
