@@ -56,6 +56,8 @@ FAULTS = [
     Fault("EIO of writes to the index (pages and meta page)", PAGES, index_only=True),
     Fault("EIO of every second write to the index", PAGES, index_only=True, when="2+2"),
     Fault("EIO of every third write to the index", PAGES, index_only=True, when="3+3"),
+    # Meets meta pages most of the time: LMDB gives the environment up, and the daemon opens it again.
+    Fault("EIO of every fifth pwrite to the index", "pwrite64", index_only=True, when="5+5"),
     Fault("ENOSPC of writes to the index", PAGES, error="ENOSPC", index_only=True),
     Fault("EIO of writes anywhere but to the index's end", "pwrite64,pwritev,writev"),
     Fault("a full disk (tmpfs of 48 MB)", fills_disk=True),
