@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import msgpack
+
 from kvdb.store.entries import DATABASES, Entry, decode_entry, decode_key, name_db, referenced_snapshot
 from kvdb.store.index import Index, Table, Txn, from_place_key, from_u64, u64
 from kvdb.store.rows import PlaceRow, SegmentRow
 from kvdb.store.segments import segment_name
-from kvdb.store.verify import Contents, count_refs, derived_rows, key_rows, live_bytes, load
+from kvdb.store.verify import Contents, KeyRows, count_refs, derived_rows, key_rows, live_bytes, load
 from kvdb.store.work import size_name
 from kvdb_protocol.errors import FormatError
 from kvdb_protocol.ids import NO_PAGE
@@ -152,10 +154,7 @@ def _rebuild(txn: Txn, contents: Contents, said: list[str]) -> None:
         if txn.meta(size_name(db)) != keys.sizes[db]:
             txn.put_meta(size_name(db), keys.sizes[db])
             said.append(f"recounted the keys of database {db}")
-    for key, _ in list(txn.scan(Table.JOURNAL)):
-        if key[:-8] not in keys.sessions:
-            txn.delete(Table.JOURNAL, key)
-            said.append(f"dropped the journal of session {key[:-8].hex()} at {from_u64(key[-8:])}: no key names it")
+    _cut_journals(txn, keys, said)
     live = live_bytes(tables[Table.PLACES])
     for segment_id, segment in contents.segments.items():
         if live[segment_id]:
@@ -167,6 +166,24 @@ def _rebuild(txn: Txn, contents: Contents, said: list[str]) -> None:
             # The next start removes its file, as of any segment that the index does not know.
             txn.delete(Table.SEGMENTS, u64(segment_id))
             said.append(f"dropped segment {segment_name(segment_id)}: nothing in it is left")
+
+
+def _cut_journals(txn: Txn, keys: KeyRows, said: list[str]) -> None:
+    """A journal ends where a row is missing; one that no key names goes."""
+    reached, cut = dict(keys.bases), set()
+    for row, ids in list(txn.scan(Table.JOURNAL)):
+        uid, first = row[:-8], from_u64(row[-8:])
+        if uid not in reached:
+            txn.delete(Table.JOURNAL, row)
+            said.append(f"dropped the journal of session {uid.hex()} at {first}: no key names it")
+        elif first > reached[uid]:
+            txn.delete(Table.JOURNAL, row)
+            cut.add(uid)
+        else:
+            reached[uid] = max(reached[uid], first + len(ids) // 4)
+    for uid in sorted(cut):
+        db, key = msgpack.unpackb(keys.sessions[uid])
+        said.append(f"cut session {key!r} of database {db} to {reached[uid]} tokens: what its journal had next is lost")
 
 
 def _keep_reached(txn: Txn, contents: Contents, said: list[str]) -> None:

@@ -399,6 +399,7 @@ class KeyRows:
     expires: dict[bytes, bytes] = field(default_factory=dict)
     names: dict[bytes, bytes] = field(default_factory=dict)
     sessions: dict[bytes, bytes] = field(default_factory=dict)
+    bases: dict[bytes, int] = field(default_factory=dict)  # session uid -> tokens that its base holds
     sizes: Counter[int] = field(default_factory=Counter)
     broken: dict[bytes, str] = field(default_factory=dict)  # name key -> what is wrong
 
@@ -429,6 +430,7 @@ def _follow(found: KeyRows, contents: Contents, name: bytes, db: int, key: bytes
             found.names[names_key(snapshot_id, name)] = msgpack.packb([db, key])
     if isinstance(entry.value, SessionValue):
         found.sessions[entry.value.uid] = msgpack.packb([db, key])
+        found.bases[entry.value.uid] = entry.value.base_tokens
 
 
 def _check_keys(txn: Txn, contents: Contents) -> Iterator[Finding]:

@@ -125,6 +125,21 @@ async def test_an_index_with_a_damaged_row_is_not_served(folder: Path, what: byt
     await store.close()
 
 
+async def test_repair_cuts_a_journal_where_a_row_is_lost(folder: Path) -> None:
+    uid = await add_session(folder)
+    for first in (50, 100, 150):
+        store = Store.open(folder, loop=asyncio.get_running_loop())
+        store.keyspace.journal_append(uid, first, pack_ids(range(50)))
+        await store.close()
+    change_all(folder, bytes([100]) + pack_ids(range(50)))  # the position says 101: still in order
+    report = check(folder, deep=True, mend=True)
+    assert "cut session b'session' of database 0 to 100 tokens: what its journal had next is lost" in report.done
+    assert report.left == []
+    store = Store.open(folder, loop=asyncio.get_running_loop())
+    assert store.keyspace.journal_read(uid) == (0, pack_ids(range(50)) * 2)
+    await store.close()
+
+
 async def test_an_index_with_a_damaged_page_is_neither_served_nor_repaired(folder: Path) -> None:
     _, meta = read_metas(reader(folder))
     change(folder, Walk(reader(folder), meta).tables()[b"keys"].root * 4096 + 12, 0x40)
