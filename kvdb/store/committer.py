@@ -288,6 +288,7 @@ class Committer:
             for item in this.items:
                 if item.error is None and item.function is not _nothing:
                     self._run_item(txn, this.work, item)
+            self._keep_written(this)
             for segment in this.retired:
                 this.work.add_live(segment, 0)
             sweep(txn, this.work, self._holds)
@@ -307,6 +308,17 @@ class Committer:
             this.lost = MisconfError("a large string was lost by a failed sync: its key keeps the value it had")
         if stored.reservation is not None:
             self._segments.advance(STRINGS, stored.reservation, stored.end)
+
+    def _keep_written(self, this: _Round) -> None:
+        """What this round commits was no garbage, even if a collection, in this round or before, took it for some.
+
+        A record may be written long before it is committed (it waits for an eviction), while later ones of the same
+        segment are. What this leaves undone the next collection finds.
+        """
+        written = [item.extent for item in this.items if item.extent is not None and item.error is None]
+        for extent in written:
+            self._segments.pins.reclaim(extent)
+        this.work.freed = [one for one in this.work.freed if not any(one.overlaps(extent) for extent in written)]
 
     def _sync(self, items: Sequence[_Item[object]]) -> None:
         by_segment: dict[int, list[_Item[object]]] = {}

@@ -70,13 +70,8 @@ class Pins:
 
         A longer dead range that it lies in stays on the disk until the next collection.
         """
-        end = extent.offset + extent.n_bytes
         with self._lock:
-            self._late = [
-                one
-                for one in self._late
-                if one.segment != extent.segment or one.offset >= end or one.offset + one.n_bytes <= extent.offset
-            ]
+            self._late = [one for one in self._late if not one.overlaps(extent)]
             self._late_files = [segment for segment in self._late_files if segment != extent.segment]
 
     @property
@@ -101,6 +96,4 @@ class Pins:
                 del self._held[extent.segment]
 
     def _is_held(self, extent: Extent) -> bool:
-        held = self._held.get(extent.segment, ())
-        end = extent.offset + extent.n_bytes
-        return any(one.offset < end and extent.offset < one.offset + one.n_bytes for one in held)
+        return any(extent.overlaps(one) for one in self._held.get(extent.segment, ()))

@@ -300,7 +300,10 @@ class Store:
         if writer is not None:
             self._segments.advance(writer, reservation, end)
         extent = Extent(reservation.segment_id, reservation.offset, end - reservation.offset)
+        pin = None
         if self.budget.excess(extent.n_bytes + INDEX_MARGIN) > 0:
+            # Meanwhile records behind this one may be committed, and a collection would take it for garbage.
+            pin = self._segments.pins.hold(extent)
             await self._make_room_for(extent)
         committing = replace(new, is_cached=new.is_cached or (key is None and session_uid is None))
 
@@ -314,6 +317,8 @@ class Store:
             return done
 
         def committed(future: asyncio.Future[CommittedSnapshot]) -> None:
+            if pin is not None:
+                pin.release()
             if key is not None:
                 self.keyspace.committed_elsewhere(*key)
             if session_uid is not None and not future.cancelled() and future.exception() is None:

@@ -23,6 +23,14 @@ class Extent(NamedTuple):
     offset: int
     n_bytes: int
 
+    def overlaps(self, other: Extent) -> bool:
+        """Whether some byte lies in both."""
+        return (
+            self.segment == other.segment
+            and self.offset < other.offset + other.n_bytes
+            and other.offset < self.offset + self.n_bytes
+        )
+
 
 @dataclass(slots=True)
 class Work:

@@ -10,7 +10,7 @@ import pytest
 from kvdb.store import compact, segments
 from kvdb.store.store import Store
 from kvdb.store.verify import verify
-from tests.kvdb.store.states import MODEL, PAGE, pack_ids, put_snapshot, tokens
+from tests.kvdb.store.states import MODEL, PAGE, pack_ids, put_snapshot, snapshot_entry, tokens, write_snapshot
 
 
 @pytest.fixture(autouse=True)
@@ -133,4 +133,33 @@ async def test_a_damaged_segment_is_left_alone(tmp_path: Path) -> None:
     del kept[b"k5"]
     (finding,) = verify(store._index, store._segments.folder, store._files, deep=True)
     assert finding.keys == ((0, b"k5"),)
+    await store.close()
+
+
+async def test_a_snapshot_that_waits_for_room_is_not_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open(tmp_path, loop=asyncio.get_running_loop())
+    await store.register_model(MODEL)
+    there_is_room = asyncio.Event()
+
+    async def make_room(_n_bytes: int) -> None:
+        await there_is_room.wait()
+
+    kept = {b"slow": tokens(2 * PAGE + 3, seed=1), b"quick": tokens(PAGE + 5, seed=2)}
+    new = await write_snapshot(store, kept[b"slow"])
+    with monkeypatch.context() as patch:
+        patch.setattr(store.budget, "excess", lambda _n_bytes: 1)
+        patch.setattr(store.budget, "make_room", make_room)
+        slow = asyncio.ensure_future(store.commit_snapshot(new, key=(0, b"slow"), entry=snapshot_entry(new.id)))
+        await asyncio.sleep(0)
+    await put_snapshot(store, b"quick", kept[b"quick"])  # the same writer: behind the record that waits
+    await store.gc()
+    await store.gc()
+    there_is_room.set()
+    await asyncio.sleep(0)
+    await asyncio.gather(slow, store.gc())  # a collection in the round that commits it, too
+    await store.gc()
+    await check(store, kept)
+    await store.close()
+    store = Store.open(tmp_path, loop=asyncio.get_running_loop())
+    await check(store, kept)
     await store.close()
