@@ -1,8 +1,10 @@
 """Backup: a consistent copy of a live data directory, and only what an existing copy lacks.
 
 The index is copied first, as of one commit. While its records are copied nothing is punched or unlinked, so whatever
-that index names is still there. A segment never changes below its committed length (but for holes), so a copy that was
-made before needs only what came after. The new index is put in place last: until then the old backup is whole.
+that index names is still there. A record that is live in two indexes did not change between them, so a copy that was
+made before needs only the records that its own index does not name. They may lie below the length that it has: a
+received string can be committed after one that lies behind it. The new index is put in place last: until then the old
+backup is whole.
 
 A backup is a data directory: serve it, or copy it back.
 """
@@ -53,14 +55,16 @@ def back_up(index: Index, source: Path, files: Files, target: Path) -> BackupRep
         files.make_dir(fresh)
         index.copy(fresh)
         rows, live = _contents(fresh)
-        before = _contents(target / "index")[0] if (target / "index" / "data.mdb").exists() else {}
+        before, had = _contents(target / "index") if (target / "index" / "data.mdb").exists() else ({}, {})
         copied = 0
         present = set(files.names(folder))
         for segment_id, row in rows.items():
             old = before.get(segment_id)
             has_old = old is not None and old.created_ms == row.created_ms and segment_name(segment_id) in present
             start = old.committed if old is not None and has_old else 0
-            copied += _copy_segment(files, source, folder, segment_id, row, live[segment_id], start)
+            kept = frozenset(had[segment_id]) if start else frozenset()
+            lacking = [extent for extent in live[segment_id] if extent not in kept]
+            copied += _copy_segment(files, source, folder, segment_id, row, lacking, start)
         files.sync_dir(folder)
         _replace_index(files, target, fresh)
         _drop_the_rest(files, folder, rows, live, before)
@@ -80,12 +84,15 @@ def _contents(path: Path) -> tuple[dict[int, SegmentRow], dict[int, list[Extent]
 
 
 def _copy_segment(
-    files: Files, source: Path, folder: Path, segment_id: int, row: SegmentRow, live: list[Extent], start: int
+    files: Files, source: Path, folder: Path, segment_id: int, row: SegmentRow, lacking: list[Extent], start: int
 ) -> int:
-    """Copy the live extents at `start` and later, and the header if it starts anew; return their bytes."""
+    """Copy the extents that the copy lacks, and the header if it starts anew; return their bytes.
+
+    start: the length that the copy has, 0 if there is none.
+    """
     name = segment_name(segment_id)
-    wanted = merged([extent for extent in live if extent.offset >= start])
-    if start and start == row.committed:
+    wanted = merged(lacking)
+    if start and start == row.committed and not wanted:
         return 0
     if not start and (folder / name).exists():
         files.unlink(folder / name)  # of an interrupted backup, or of another store

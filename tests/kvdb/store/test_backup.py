@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
 
 from kvdb.errors import KvdbError, NoSpaceError
+from kvdb.store.entries import Entry, EntryType
 from kvdb.store.store import Store
 from kvdb.store.verify import verify
 from tests.kvdb.store.faults import FailingFiles
-from tests.kvdb.store.states import MODEL, PAGE, pack_ids, put_snapshot, string, tokens
+from tests.kvdb.store.states import MODEL, PAGE, pack_ids, put_snapshot, read_entry, receive, string, tokens
 
 
 async def open_store(folder: Path, files: FailingFiles | None = None) -> Store:
@@ -93,6 +95,33 @@ async def test_a_segment_that_grew_by_dead_records_only(tmp_path: Path) -> None:
     assert (await store.backup(tmp_path / "copy")).bytes_copied == 0
     await store.close()
     assert await contents(tmp_path / "copy") == {b"a": pack_ids(tokens(2 * PAGE))}
+
+
+@pytest.mark.parametrize("grows", [False, True])
+async def test_a_string_that_is_committed_after_one_behind_it(tmp_path: Path, grows: bool) -> None:
+    """A string waits for its commit (in MULTI) while the next one in its segment is committed and backed up."""
+    store = await open_store(tmp_path / "live")
+    values = {key: os.urandom(100_000) for key in (b"waits", b"behind", b"new")}
+    waits = await receive(store, values[b"waits"])
+    behind = await receive(store, values[b"behind"])
+    assert waits.ref is not None and behind.ref is not None
+    assert waits.ref.segment == behind.ref.segment and waits.ref.offset < behind.ref.offset
+    store.keyspace.put(0, b"behind", Entry(EntryType.STRING, 0, behind))
+    await store.backup(tmp_path / "copy")
+    store.keyspace.put(0, b"waits", Entry(EntryType.STRING, 0, waits))
+    if grows:
+        store.keyspace.put(0, b"new", Entry(EntryType.STRING, 0, await receive(store, values[b"new"])))
+    report = await store.backup(tmp_path / "copy")
+    assert 0 < report.bytes_copied < report.bytes_live
+    assert (await store.backup(tmp_path / "copy")).bytes_copied == 0
+    del waits, behind
+    await store.close()
+    copy = Store.open(tmp_path / "copy", loop=asyncio.get_running_loop())
+    assert list(verify(copy._index, copy._segments.folder, copy.files, deep=True)) == []
+    for key in values:
+        if key != b"new" or grows:
+            assert read_entry(copy, key) == string(values[key])
+    await copy.close()
 
 
 async def test_freed_bytes_are_given_back_after_a_backup(tmp_path: Path) -> None:
