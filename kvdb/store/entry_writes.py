@@ -11,7 +11,7 @@ import logging
 import msgpack
 from blake3 import blake3
 
-from kvdb.errors import SnapshotGoneError
+from kvdb.errors import CorruptError, SnapshotGoneError
 from kvdb.store.entries import (
     Entry,
     SessionValue,
@@ -92,7 +92,12 @@ def _move_string(txn: Txn, work: Work, name: bytes, old: Entry | None, new: Entr
 def _name_string(txn: Txn, work: Work, ref: StringRef, name: bytes, *, is_named: bool) -> None:
     place = place_key(ref.segment, ref.offset)
     extent = Extent(ref.segment, ref.offset, record_bytes(ref.n_bytes))
-    row = txn.get(Table.PLACES, place)
+    try:
+        row = txn.get(Table.PLACES, place)
+    except CorruptError as error:
+        # Nobody knows which other entries share the record: nothing is freed, and the row is left to the repair.
+        log.error("a string in segment %d at %d keeps its space: %s", ref.segment, ref.offset, error)
+        return
     names = set(string_names(row) if row is not None else ())
     if is_named:
         names.add(name)

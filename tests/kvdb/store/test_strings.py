@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from kvdb.errors import CorruptError, KvdbError, NoSpaceError
-from kvdb.store.entries import LARGE_STRING_BYTES
+from kvdb.store.entries import LARGE_STRING_BYTES, StringRef
 from kvdb.store.files import OsFiles
-from kvdb.store.index import Index
+from kvdb.store.index import Index, Table, Txn, place_key
 from kvdb.store.repair import repair
 from kvdb.store.store import Store
 from kvdb.store.verify import verify
+from kvdb.store.work import Work
 from tests.kvdb.store.faults import FailingFiles
 from tests.kvdb.store.states import MODEL, PAGE, put_snapshot, read_entry, string, tokens
 
@@ -136,6 +137,54 @@ async def test_a_damaged_string_can_be_deleted(tmp_path: Path) -> None:
     assert store.keyspace.delete(0, b"k")
     await store.keyspace.flush()
     assert store.keyspace.get(0, b"k") is None
+    await store.close()
+
+
+@pytest.mark.parametrize("change", ["delete", "overwrite", "expire", "rename"])
+async def test_a_damaged_row_of_its_place_does_not_block_commits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    store = await open_store(tmp_path)
+    for key in (b"k", b"other"):
+        store.keyspace.put(0, key, string(BIG + key))
+    await store.keyspace.flush()
+    entry = store.keyspace.get(0, b"k")
+    assert entry is not None and isinstance(entry.value, StringRef)
+    place = place_key(entry.value.segment, entry.value.offset)
+
+    def flip(txn: Txn, _work: Work) -> None:
+        stored = bytearray(txn.raw.get(place, None, txn._tables[Table.PLACES]))
+        stored[-1] ^= 1
+        txn.put(Table.PLACES, place, b"")  # tells the transaction that it changes something
+        txn.raw.put(place, bytes(stored), db=txn._tables[Table.PLACES])
+
+    await store._committer.submit(flip)
+    if change == "delete":
+        store.keyspace.delete(0, b"k")
+    elif change == "overwrite":
+        store.keyspace.put(0, b"k", string(b"small"))
+    elif change == "expire":
+        store.keyspace.expire_at(0, b"k", 1)
+        assert store.keyspace.get(0, b"k") is None
+    else:
+        store.keyspace.rename(0, b"k", b"l")
+    store.keyspace.put(0, b"new", string(BIGGER))
+    await store.keyspace.flush()
+    assert store.write_error is None
+    assert "a string in segment 1 at 4096 keeps its space" in caplog.text
+    await store.close()
+    index = Index(tmp_path / "index")
+    found = list(verify(index, tmp_path / "segments", OsFiles(), deep=True))
+    assert found
+    repair(index, {finding.id for finding in found if finding.id})
+    index.close()
+    assert findings(tmp_path) == []
+    store = await open_store(tmp_path)
+    assert read_entry(store, b"other") == string(BIG + b"other")
+    assert read_entry(store, b"new") == string(BIGGER)
+    assert read_entry(store, b"k") == (string(b"small") if change == "overwrite" else None)
+    if change == "rename":
+        assert read_entry(store, b"l") == string(BIG + b"k")
     await store.close()
 
 
