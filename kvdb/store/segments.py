@@ -7,6 +7,7 @@ for commit or forgotten. Bytes past a segment's committed length do not exist: s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -239,6 +240,11 @@ class Segments:
         """A submitted record that was received is no longer needed in memory. Takes no lock: finalizers call this."""
         self._dropped.append((extent, pin, is_committed))
 
+    @property
+    def has_dropped(self) -> bool:
+        """Whether received strings that nobody needs wait for a round."""
+        return bool(self._dropped)
+
     def take_dropped(self) -> list[Extent]:
         """Ranges that were given up uncommitted since the last call: they are dead."""
         dead = []
@@ -266,8 +272,9 @@ class Segments:
         gone = set(unlinked)
         try:
             for segment_id in unlinked:
-                self._files.unlink(self.path(segment_id))
-                self._n_files -= 1
+                with contextlib.suppress(FileNotFoundError):  # one without a row may be retired more than once
+                    self._files.unlink(self.path(segment_id))
+                    self._n_files -= 1
             if unlinked:
                 self._files.sync_dir(self.folder)
             by_segment: dict[int, list[Extent]] = {}

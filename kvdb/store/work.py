@@ -39,7 +39,7 @@ class Work:
     unreferenced: snapshots whose last reference went away.
     freed: ranges without a live record now. live_delta: change of live bytes by segment.
     committed: new committed length and creation time by segment. key_delta: change of the number of keys by database.
-    uids: session uid -> whether an entry still names it. unlinked: segments whose row is gone, set by `settle`.
+    uids: session uid -> whether an entry still names it. unlinked: segments without a row, set by `settle`.
     """
 
     unreferenced: set[bytes] = field(default_factory=set)
@@ -108,7 +108,11 @@ def settle(txn: Txn, work: Work, busy: Iterable[int]) -> None:
         end, created_ms = work.committed.get(segment, (0, 0))
         if row is None:
             if not end:
-                continue  # only freed ranges of a segment that never got a commit: it does not exist
+                # It never got a commit. If only ranges of it were freed, it does not exist, or somebody still writes
+                # there; one that was retired is in `live_delta`, and its file goes.
+                if segment in work.live_delta and segment not in in_use:
+                    work.unlinked.append(segment)
+                continue
             row = SegmentRow(created_ms, SEGMENT_HEADER_BYTES, 0, False)
             txn.put_meta(b"next_segment", max(txn.meta(b"next_segment", 1), segment + 1))
         row = row._replace(

@@ -150,6 +150,32 @@ async def test_many_at_a_time_leave_few_open_segments(store: Store) -> None:
     assert len(store._segments._active) <= IDLE_WRITERS + 1
 
 
+async def test_many_that_are_broken_off_leave_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = FailingFiles()
+    store = await open_store(tmp_path, files)
+    await put(store, b"k", BIG)
+    await store.keyspace.flush()
+    uploads = [await store.receiver.begin(len(OTHER)) for _ in range(3 * IDLE_WRITERS)]
+    for number, incoming in enumerate(uploads):
+        if number % 2:
+            await incoming.write([OTHER[:100_000]])
+    for incoming in uploads:
+        await incoming.abandon()
+    await store.keyspace.flush()
+    await store.gc()
+    await store._committer.idle()
+    store._segments.tidy()
+    assert len(list((tmp_path / "segments").iterdir())) == store._segments._n_files == IDLE_WRITERS
+    store._segments.tidy([], [99])  # it is gone already
+    assert store._segments._n_files == IDLE_WRITERS and "could not give back" not in caplog.text
+    await put(store, b"l", OTHER)
+    await store.close()
+    assert findings(tmp_path) == []
+    store = await open_store(tmp_path)
+    assert read_entry(store, b"k") == string(BIG) and read_entry(store, b"l") == string(OTHER)
+    await store.close()
+
+
 async def test_a_snapshot_takes_the_key_of_one_that_is_renamed_meanwhile(store: Store) -> None:
     await put(store, b"k", BIG)
     await store.keyspace.flush()
