@@ -288,7 +288,6 @@ class Committer:
             for item in this.items:
                 if item.error is None and item.function is not _nothing:
                     self._run_item(txn, this.work, item)
-            self._keep_written(this)
             for segment in this.retired:
                 this.work.add_live(segment, 0)
             sweep(txn, this.work, self._holds)
@@ -309,16 +308,15 @@ class Committer:
         if stored.reservation is not None:
             self._segments.advance(STRINGS, stored.reservation, stored.end)
 
-    def _keep_written(self, this: _Round) -> None:
-        """What this round commits was no garbage, even if a collection, in this round or before, took it for some.
+    def _keep_written(self, work: Work, extent: Extent) -> None:
+        """What is committed next was no garbage, even if a collection, in this round or before, took it for some.
 
         A record may be written long before it is committed (it waits for an eviction), while later ones of the same
-        segment are. What this leaves undone the next collection finds.
+        segment are. What this leaves undone the next collection finds. What the item itself frees comes after this: a
+        record that is stored already is garbage.
         """
-        written = [item.extent for item in this.items if item.extent is not None and item.error is None]
-        for extent in written:
-            self._segments.pins.reclaim(extent)
-        this.work.freed = [one for one in this.work.freed if not any(one.overlaps(extent) for extent in written)]
+        self._segments.pins.reclaim(extent)
+        work.freed = [one for one in work.freed if not one.overlaps(extent)]
 
     def _sync(self, items: Sequence[_Item[object]]) -> None:
         by_segment: dict[int, list[_Item[object]]] = {}
@@ -336,6 +334,8 @@ class Committer:
                     item.error = as_kvdb_error(error, "sync of a segment")
 
     def _run_item(self, parent: Txn, work: Work, item: _Item[object]) -> None:
+        if item.extent is not None:
+            self._keep_written(work, item.extent)
         child = self._index.begin_write(parent)
         own = Work()
         try:

@@ -136,6 +136,22 @@ async def test_a_damaged_segment_is_left_alone(tmp_path: Path) -> None:
     await store.close()
 
 
+async def test_records_that_are_stored_already_are_given_back_at_once(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, loop=asyncio.get_running_loop())
+    await store.register_model(MODEL)
+    await put_snapshot(store, b"a", tokens(4 * PAGE + 5))
+    before = (await store.stats()).segments_disk
+    for number in range(3):  # by a writer that knows of none of the pages; the last time with another tail
+        again = await put_snapshot(
+            store, b"b%d" % number, tokens(4 * PAGE + 5), known=[[]] * 4, salt=b"x" * (number // 2)
+        )
+        assert again.existed == (number < 2) and again.pages_new == 0
+    await store._committer.idle()
+    store._segments.tidy()
+    assert (await store.stats()).segments_disk - before <= again.bytes_new
+    await store.close()
+
+
 async def test_a_snapshot_that_waits_for_room_is_not_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.open(tmp_path, loop=asyncio.get_running_loop())
     await store.register_model(MODEL)
