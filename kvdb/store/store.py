@@ -38,6 +38,7 @@ from kvdb.store.index import Index, Table, Txn
 from kvdb.store.index_damage import check_while_serving, refuse_damaged
 from kvdb.store.lock import Lock
 from kvdb.store.lookup import Match, longest_prefix
+from kvdb.store.pins import Pin
 from kvdb.store.read import Reader, RecordPlace, plan, tail_place
 from kvdb.store.receive import Receiver
 from kvdb.store.records import (
@@ -302,9 +303,7 @@ class Store:
         extent = Extent(reservation.segment_id, reservation.offset, end - reservation.offset)
         pin = None
         if self.budget.excess(extent.n_bytes + INDEX_MARGIN) > 0:
-            # Meanwhile records behind this one may be committed, and a collection would take it for garbage.
-            pin = self._segments.pins.hold(extent)
-            await self._make_room_for(extent)
+            pin = await self._make_room_for(extent)
         committing = replace(new, is_cached=new.is_cached or (key is None and session_uid is None))
 
         def item(txn: Txn, work: Work) -> CommittedSnapshot:
@@ -329,16 +328,22 @@ class Store:
         future.add_done_callback(committed)
         return await asyncio.shield(future)
 
-    async def _make_room_for(self, extent: Extent) -> None:
-        """Evict for records that are written but not committed; if that fails, give their bytes back."""
+    async def _make_room_for(self, extent: Extent) -> Pin:
+        """Evict for records that are written but not committed; if that fails, give their bytes back.
+
+        Records behind them may be committed meanwhile, and a collection would take them for garbage: they are pinned.
+        """
+        pin = self._segments.pins.hold(extent)
         self._segments.submitted(extent.segment)  # the segment stays, whatever is evicted
         try:
             await self.budget.make_room(extent.n_bytes)
         except KvdbError:
+            pin.release()
             await self._loop.run_in_executor(self._pool, self._segments.tidy, [extent], [])
             raise
         finally:
             self._segments.resolved(extent.segment)
+        return pin
 
     async def drop_cached(self, snapshot_id: bytes) -> bool:
         """Give up a snapshot that no key names; False if it was not cached."""

@@ -83,6 +83,15 @@ async def test_noeviction_refuses_before_the_write(store: Store) -> None:
     await put_snapshot(store, b"new", tokens(3 * PAGE, seed=50))
 
 
+async def test_what_is_written_and_refused_is_given_back(store: Store) -> None:
+    new = await write_snapshot(store, tokens(3 * PAGE, seed=50))
+    limit(store, "noeviction", 0)
+    before = new.reservation.path.stat().st_blocks
+    with pytest.raises(NoSpaceError):
+        await store.commit_snapshot(new, key=(0, b"new"), entry=snapshot_entry(new.id))
+    assert new.reservation.path.stat().st_blocks < before
+
+
 async def test_a_state_larger_than_the_budget_evicts_nothing(store: Store) -> None:
     await fill(store)
     store.budget.maxstore, store.budget.policy = store.used_bytes, "allkeys-lru"
