@@ -497,8 +497,8 @@ class Keyspace:
         await self._committer.flush()
 
     def flush_soon(self) -> None:
-        """Begin to make changes durable, if there are any. The owner calls this every second."""
-        if self._active:
+        """Begin to make changes durable and to give back what is not needed. The owner calls this every second."""
+        if self._active or self._committer.owes_space:
             self._committer.kick()
 
     def freeze(self) -> Frozen | None:

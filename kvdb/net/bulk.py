@@ -12,8 +12,10 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, cast
 
+from kvdb.acl import refused
 from kvdb.errors import KvdbError
 from kvdb.store.entries import HeldString, LargeValue, StringRef, place_of
+from kvdb.store.errors import as_kvdb_error
 from kvdb_protocol.resp import Encoded, Reply, Request, encode, encode_error
 
 if TYPE_CHECKING:
@@ -160,6 +162,9 @@ def take(client: Client, request: Request, n_bytes: int) -> Receipt | None:
     at = len(request)
     if not first or at < first or (at != first and (not step or (at - first) % step)):
         return None
+    command = client.server.commands[request[0].upper()].command
+    if not client.user.is_unrestricted and refused(client.user, command, request) is not None:
+        return None  # nobody may make room, by eviction, for what he may not write: it is refused when it is here
     return Receipt(client, request, n_bytes)
 
 
@@ -211,16 +216,19 @@ class Receipt:
         pieces, self._pieces = self._pieces, []
         Receipt.all_waiting_bytes -= self._n_waiting
         self._n_waiting = 0
+        self._is_paused = False
         self._client.resume_receiving()
         return pieces
 
     async def _run(self) -> None:
         try:
             await self._receive()
-        except KvdbError as error:
+        except Exception as error:
+            if not isinstance(error, KvdbError):
+                log.error("receiving a string failed", exc_info=error)
             self._is_refused = True
             self._take()
-            self._request[0] = cast(bytes, Refusal(error))
+            self._request[0] = cast(bytes, Refusal(as_kvdb_error(error, "receiving a string")))
             while not self._has_ended and not self._is_given_up:
                 self._news.clear()
                 await self._news.wait()
@@ -240,7 +248,7 @@ class Receipt:
                 if self._has_ended:
                     await incoming.finish(self._take(), self._string)
                     return
-                if self._pieces:
+                if self._is_paused or self._n_waiting >= _GATHER_BYTES:
                     await incoming.write(self._take())
                 else:
                     self._news.clear()

@@ -121,6 +121,7 @@ class Committer:
         self._tidying: asyncio.TimerHandle | None = None
         self.rounds = 0
         self._doubtful: list[Pin] = []  # kept until a commit succeeds
+        self._in_doubt = False
         with index.read() as txn:
             rows = txn.segments().values()
         self.live_bytes = sum(row.live for row in rows)
@@ -143,6 +144,11 @@ class Committer:
     def flush(self) -> asyncio.Future[None]:
         """Everything done so far becomes durable; raises what the commit failed with."""
         return self.submit(_nothing)
+
+    @property
+    def owes_space(self) -> bool:
+        """Whether a round would give bytes back: of strings that nobody took, or that someone has read to the end."""
+        return self._segments.has_dropped or self._segments.pins.are_late
 
     def kick(self) -> None:
         """Start a round as soon as none is running. Does nothing once closed."""
@@ -239,9 +245,13 @@ class Committer:
             self._tidy()
 
     def _keep_doubtful(self, this: _Round) -> None:
-        """What a round in doubt frees is given back after the next commit: only then no power loss brings it back."""
+        """What a round in doubt frees, and those that fail behind it, is given back after the next commit.
+
+        Only then no power loss brings back the commit that still names it.
+        """
         pins = self._segments.pins
-        if this.is_in_doubt:
+        self._in_doubt = this.is_in_doubt or (self._in_doubt and this.error is not None)
+        if self._in_doubt:
             self._doubtful += [pins.hold(extent) for extent in this.work.freed]
             self._doubtful += [pins.hold(Extent(segment, 0, 0)) for segment in this.work.unlinked]
         elif this.error is None:
@@ -312,11 +322,10 @@ class Committer:
         """What is committed next was no garbage, even if a collection, in this round or before, took it for some.
 
         A record may be written long before it is committed (it waits for an eviction), while later ones of the same
-        segment are. What this leaves undone the next collection finds. What the item itself frees comes after this: a
-        record that is stored already is garbage.
+        segment are. What the item itself frees comes after this: a record that is stored already is garbage.
         """
         self._segments.pins.reclaim(extent)
-        work.freed = [one for one in work.freed if not one.overlaps(extent)]
+        work.freed = [rest for one in work.freed for rest in one.without(extent)]
 
     def _sync(self, items: Sequence[_Item[object]]) -> None:
         by_segment: dict[int, list[_Item[object]]] = {}

@@ -66,12 +66,9 @@ class Pins:
             return [one for one in extents if one not in late], [one for one in files if one not in late_files]
 
     def reclaim(self, extent: Extent) -> None:
-        """A range is about to be committed, while it is pinned: neither it nor its file may go, if they were freed.
-
-        A longer dead range that it lies in stays on the disk until the next collection.
-        """
+        """A range is about to be committed, while it is pinned: neither it nor its file may go, if they were freed."""
         with self._lock:
-            self._late = [one for one in self._late if not one.overlaps(extent)]
+            self._late = [rest for one in self._late for rest in one.without(extent)]
             self._late_files = [segment for segment in self._late_files if segment != extent.segment]
 
     @property

@@ -23,13 +23,22 @@ class Extent(NamedTuple):
     offset: int
     n_bytes: int
 
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.offset + self.n_bytes
+
     def overlaps(self, other: Extent) -> bool:
         """Whether some byte lies in both."""
-        return (
-            self.segment == other.segment
-            and self.offset < other.offset + other.n_bytes
-            and other.offset < self.offset + self.n_bytes
-        )
+        return self.segment == other.segment and self.offset < other.end and other.offset < self.end
+
+    def without(self, other: Extent) -> list[Extent]:
+        """What is left of it where the other does not lie: up to two ranges."""
+        if not self.overlaps(other):
+            return [self]
+        before = Extent(self.segment, self.offset, other.offset - self.offset)
+        behind = Extent(self.segment, other.end, self.end - other.end)
+        return [extent for extent in (before, behind) if extent.n_bytes > 0]
 
 
 @dataclass(slots=True)
