@@ -16,7 +16,7 @@ from kvdb_tools.bench.commands import _measure
 from kvdb_tools.bench.main import TERMINATED, cell_text
 from kvdb_tools.bench.plot import draw
 from kvdb_tools.bench.registry import SCENARIOS
-from kvdb_tools.bench.scenario import Bars, Curve, Curves, MissingError, Result, Scenario
+from kvdb_tools.bench.scenario import Bars, Curve, Curves, MissingError, Result, Scenario, Settings
 from kvdb_tools.bench.session50 import unique_bytes, whole_state
 
 # The geometry of DeepSeek V4 Flash.
@@ -92,6 +92,18 @@ def test_a_claim_that_fails_is_an_exit_status(monkeypatch: pytest.MonkeyPatch) -
         assert "holds: all is well" in done.stdout
         told = json.loads(CliRunner().invoke(main, ["commands", "--json"]).stdout)["results"]["commands"]["claims"]
         assert told[0] == {"claim": "one is more than two", "holds": holds}
+
+
+def test_a_chart_without_matplotlib_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[Settings] = []
+    monkeypatch.setitem(SCENARIOS, "commands", Scenario("commands", "", ran.append))  # type: ignore[arg-type]
+    monkeypatch.setattr("kvdb_tools.bench.plot.find_spec", lambda _name: None)
+    done = CliRunner().invoke(main, ["commands", "--plot", str(tmp_path / "a.png")])
+    assert done.exit_code == 2
+    assert "pip install 'kvdb[bench]'" in done.output
+    assert ran == []
 
 
 def test_a_chart_is_a_picture(toy: None, tmp_path: Path) -> None:

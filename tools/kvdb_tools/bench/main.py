@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from kvdb_tools.bench.plot import draw, need_matplotlib
 from kvdb_tools.bench.registry import SCENARIOS
 from kvdb_tools.bench.scenario import Cell, MissingError, Result, Settings
 from kvdb_tools.daemon import CommandError, DaemonError
@@ -44,6 +45,8 @@ def main(
     model: str,
 ) -> None:
     """Measure kvdb beside its baselines, in one run on this machine."""
+    if plot:
+        need_matplotlib()
     # As after Ctrl-C: whoever has started a daemon or a server ends it on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     # A pipe has no width of its own; at rich's 80 columns the wide tables would lose their numbers.
@@ -73,8 +76,6 @@ def main(
     else:
         console.print(f"on {machine()}", style="dim")
     if plot and results:
-        from kvdb_tools.bench.plot import draw
-
         draw(list(results.values()), plot)
     failed = failed or not all(holds for result in results.values() for _, holds in result.claims)
     raise SystemExit(1 if failed else 0)

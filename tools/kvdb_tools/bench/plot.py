@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from kvdb_tools.bench.scenario import Bars, Curves, Result
 _LINES = (("0.35", ":"), ("tab:orange", "--"), ("tab:green", "-."))
 
 
+def need_matplotlib() -> None:
+    """Raise a usage error where there is no matplotlib: to be called before minutes are spent on measuring."""
+    if find_spec("matplotlib") is None:
+        raise click.UsageError("--plot needs matplotlib: pip install 'kvdb[bench]'")
+
+
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Write a PNG. Raises a usage error when matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise click.UsageError("--plot needs matplotlib: pip install 'kvdb[bench]'") from None
+    """Write a PNG."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
