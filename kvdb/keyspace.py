@@ -156,7 +156,7 @@ class Keyspace:
         self._maps = self._active.maps
         self._frozen: _Layer | None = None
         self._clean: list[dict[bytes, Entry | None]] = [{} for _ in range(DATABASES)]
-        self._expired: list[tuple[int, bytes]] = []
+        self.on_expired: Callable[[int, bytes], None] = lambda db, key: None  # told at once, as readers see it
         # Session uid -> where its entry was put last. An entry that was overwritten leaves a stale item behind, so
         # every use looks at the entry itself.
         self._sessions: dict[bytes, tuple[int, bytes]] = {
@@ -320,7 +320,7 @@ class Keyspace:
 
     def _expire(self, db: int, key: bytes) -> None:
         self._maps[db][key] = None
-        self._expired.append((db, key))
+        self.on_expired(db, key)
 
     # Walking
 
@@ -381,16 +381,18 @@ class Keyspace:
         return None
 
     def expire_cycle(self, now_ms: int, limit: int = 1000) -> list[tuple[int, bytes]]:
-        """Delete keys whose time has come, at most `limit`; return those and the ones `get` deleted since last time."""
+        """Delete keys whose time has come, at most `limit`, and return them."""
+        expired: list[tuple[int, bytes]] = []
         due = self._active.due
-        while due and due[0][0] <= now_ms and len(self._expired) < limit:
+        while due and due[0][0] <= now_ms and len(expired) < limit:
             ms, db, key = heapq.heappop(due)
             entry = self._maps[db].get(key)
             if entry is not None and entry[1] == ms:
                 self._expire(db, key)
+                expired.append((db, key))
         for name, _ in self._reader.scan(Table.EXPIRES, damaged=b""):
             ms = from_u64(name[:8])
-            if ms > now_ms or len(self._expired) >= limit:
+            if ms > now_ms or len(expired) >= limit:
                 break
             db = name_db(name[8:])
             try:
@@ -403,7 +405,7 @@ class Keyspace:
             is_newer = key in self._maps[db] or db in self._active.cleared
             if not is_newer and (entry := self._fetch(db, key)) is not None and entry[1] == ms:
                 self._expire(db, key)
-        expired, self._expired = self._expired, []
+                expired.append((db, key))
         return expired
 
     # The token journal of sessions

@@ -122,6 +122,7 @@ class Server:
         self.store, self.keyspace = backend.store, backend.keyspace
         self.sessions, self.models, self.background = backend.sessions, backend.models, backend.background
         self.store.budget.on_evicted = self._evicted
+        self.keyspace.on_expired = self._expired
         listeners.raise_file_limit(self.config.number("maxclients"))
         try:
             self._listeners = await listeners.open_all(self)
@@ -184,9 +185,6 @@ class Server:
         until = time.perf_counter() + _EXPIRE_SECONDS
         while True:
             expired = self.keyspace.expire_cycle(int(self.now * 1000), _EXPIRE_BATCH)
-            for db, key in expired:
-                self.changed(db, key, "expired", "x")
-            self.statistics.expired_keys += len(expired)
             if len(expired) < _EXPIRE_BATCH or time.perf_counter() > until:
                 return
 
@@ -210,6 +208,10 @@ class Server:
             else:
                 log.info("writes are accepted again")
             self.update_gate()
+
+    def _expired(self, db: int, key: bytes) -> None:
+        self.changed(db, key, "expired", "x")
+        self.statistics.expired_keys += 1
 
     def _evicted(self, db: int, key: bytes) -> None:
         self.changed(db, key, "evicted", "e")

@@ -165,15 +165,20 @@ async def test_expiry_is_lazy_and_active(keys: Keyspace, clock: Clock) -> None:
     assert keys.expire_at(0, b"kept", None)
     assert not keys.expire_at(0, b"none", 5000)
     keys.put(0, b"fresh", string(b"1", expire_ms=1500))
+    told: list[bytes] = []
+    keys.on_expired = lambda db, key: told.append(key)
     clock.ms = 1999
     assert keys.get(0, b"fresh") is None
+    assert told == [b"fresh"], "whoever listens hears it before anything else happens to the key"
     assert keys.get(0, b"stored") is not None
     clock.ms = 2000
-    assert keys.get(0, b"stored") is None
-    assert sorted(keys.expire_cycle(2000)) == [(0, b"fresh"), (0, b"stored")]
+    assert not keys.exists(0, b"stored")
+    assert told == [b"fresh", b"stored"]
+    assert keys.expire_cycle(2000) == []
     await keys.flush()
     assert keys.expire_cycle(4999) == []
     assert keys.expire_cycle(5000) == [(0, b"moved")]
+    assert told == [b"fresh", b"stored", b"moved"]
     await keys.flush()
     assert everything(keys) == [b"kept"]
     assert keys.expire_cycle(10**13) == []
