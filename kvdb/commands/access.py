@@ -39,7 +39,7 @@ def string_entry(client: Client, key: bytes) -> Entry | None:
     if entry is not None and entry.type != _STRING:
         raise WrongTypeError
     if entry is not None and isinstance(entry.value, StringRef | HeldString):
-        return entry._replace(value=client.server.store.read_string(entry.value))
+        return entry._replace(value=client.server.store.strings.read(entry.value))
     return entry
 
 

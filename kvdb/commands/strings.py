@@ -242,7 +242,7 @@ def getrange(client: Client, args: list[bytes]) -> Reply:
     end = max(end + size, 0) if end < 0 else end
     if isinstance(value, bytes):
         return value[start : min(end, size - 1) + 1]
-    return client.server.store.read_string(value, start, end + 1)
+    return client.server.store.strings.read(value, start, end + 1)
 
 
 @handler("SETRANGE")

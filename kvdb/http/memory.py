@@ -248,7 +248,7 @@ class Memory:
             return None
         value = entry.value
         if isinstance(value, StringRef | HeldString):
-            value = self.sessions.store.read_string(value)
+            value = self.sessions.store.strings.read(value)
         return msgpack.unpackb(cast(bytes, value))
 
     def keep_block(self, call_ids: Sequence[str], block: str) -> None:

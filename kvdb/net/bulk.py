@@ -73,7 +73,7 @@ def encode_parts(client: Client, reply: object) -> list[bytes | HeldString]:
     if isinstance(reply, Pieces):
         return reply.parts
     if isinstance(reply, StringRef):
-        return [client.server.store.hold_string(reply)]
+        return [client.server.store.strings.hold(reply)]
     if isinstance(reply, HeldString):
         return [reply]
     return [encode(cast(Reply, reply), client.resp)]
@@ -98,7 +98,7 @@ def encode_string(client: Client, value: LargeValue) -> bytes | Pieces:
     """A reply that is one large string. Raises CorruptError if it is read at once."""
     if place_of(value).n_bytes >= _WHOLE_BYTES:
         return Pieces(encode_parts(client, value))
-    return encode(client.server.store.read_string(value))
+    return encode(client.server.store.strings.read(value))
 
 
 # Sending
@@ -119,7 +119,7 @@ async def send(client: Client, reply: Pieces) -> None:
     finally:
         del part
         parts.clear()
-        client.server.store.give_back_late()
+        client.server.store.strings.give_back_late()
 
 
 async def _send_string(client: Client, string: HeldString) -> None:
@@ -127,16 +127,16 @@ async def _send_string(client: Client, string: HeldString) -> None:
     n_bytes = place_of(string).n_bytes
     sent = 0
     try:
-        reader = await store.open_string(string)
+        reader = await store.strings.open(string)
         try:
-            piece = await store.string_piece(reader, 0)
+            piece = await store.strings.piece(reader, 0)
             client.write(b"$%d\r\n" % n_bytes)
             for number in range(reader.n_pieces):
                 client.write(piece)
                 sent += len(piece)
                 if number + 1 < reader.n_pieces:
                     # Read while the client takes this one.
-                    piece = await store.string_piece(reader, number + 1)
+                    piece = await store.strings.piece(reader, number + 1)
                 await client.drained()
                 if number % _PIECES_AT_ONCE == _PIECES_AT_ONCE - 1:
                     await asyncio.sleep(0)

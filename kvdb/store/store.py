@@ -28,7 +28,7 @@ from kvdb.store.ballast import Ballast
 from kvdb.store.budget import INDEX_MARGIN, Budget
 from kvdb.store.care import Care
 from kvdb.store.committer import DISK_FULL, Committer
-from kvdb.store.entries import Entry, HeldString, LargeValue, SessionValue, StringRef, place_of
+from kvdb.store.entries import Entry, SessionValue
 from kvdb.store.entry_writes import rebase_session, write_entry
 from kvdb.store.errors import as_kvdb_error
 from kvdb.store.exchange import IncomingState, export_archive, write_state
@@ -36,6 +36,7 @@ from kvdb.store.files import Files, OsFiles
 from kvdb.store.holds import Holds
 from kvdb.store.index import Index, Table, Txn
 from kvdb.store.index_damage import check_while_serving, refuse_damaged
+from kvdb.store.large_strings import LargeStrings
 from kvdb.store.lock import Lock
 from kvdb.store.lookup import Match, longest_prefix
 from kvdb.store.pins import Pin
@@ -53,14 +54,12 @@ from kvdb.store.rows import ModelRow, Reason, SnapshotRow, pack
 from kvdb.store.segments import Segments, live_extents
 from kvdb.store.snapshots import check_written, commit_snapshot, uncache_snapshot, usage
 from kvdb.store.stats import StoreStats, measure
-from kvdb.store.strings import StringReader, read_string
 from kvdb.store.uses import Uses, write_uses
 from kvdb.store.verify import Finding, verify
 from kvdb.store.work import Extent, Work
 from kvdb_protocol.archive import Archive
 from kvdb_protocol.ids import Buffer, root_prefix
 from kvdb_protocol.layout import Layout
-from kvdb_protocol.record import record_bytes
 from kvdb_protocol.tail import Tail
 
 log = logging.getLogger("kvdb.store")
@@ -88,7 +87,8 @@ class Store:
         self._committer = Committer(
             loop, index, files, self._segments, self._holds, self._ballast, lambda: self.keyspace.refresh()
         )
-        self.keyspace = Keyspace(index, self._committer, self.hold_string)
+        self.strings = LargeStrings(loop, self._pool, files, self._segments, self._committer)
+        self.keyspace = Keyspace(index, self._committer, self.strings.hold)
         self._committer.attach(self.keyspace)
         self._uses = Uses()
         self.budget = Budget(
@@ -500,40 +500,6 @@ class Store:
     def _unhold(self, snapshot_id: bytes) -> None:
         if self._holds.release(snapshot_id) and not self._is_closed:
             self._committer.kick()
-
-    # Large strings
-
-    def hold_string(self, ref: StringRef) -> HeldString:
-        """Keep a committed string's record from being freed while the object lives."""
-        extent = Extent(ref.segment, ref.offset, record_bytes(ref.n_bytes))
-        pin = self._segments.pins.hold(extent)
-        string = HeldString(ref.n_bytes)
-        string.complete(ref, 0, True, lambda _: pin.release())
-        return string
-
-    def read_string(self, value: LargeValue, start: int = 0, stop: int | None = None) -> bytes:
-        """A large string's bytes from `start` to before `stop`. Raises CorruptError."""
-        return read_string(self._segments, self._files, value, start, stop)
-
-    async def open_string(self, value: LargeValue) -> StringReader:
-        """Begin to read a string that is held. Raises CorruptError."""
-        reader = StringReader(self._segments.folder, self._files, place_of(value))
-        try:
-            if not reader.open_cached():
-                await self._loop.run_in_executor(self._pool, reader.open)
-        except BaseException:
-            reader.close()
-            raise
-        return reader
-
-    async def string_piece(self, reader: StringReader, number: int) -> bytes | bytearray:
-        """A piece of it, checked. Raises CorruptError."""
-        piece = reader.cached(number)
-        return piece if piece is not None else await self._loop.run_in_executor(self._pool, reader.piece, number)
-
-    def give_back_late(self) -> None:
-        """Free what had to wait for a reader that is done now."""
-        self._committer.tidy_soon()
 
     # Care
 

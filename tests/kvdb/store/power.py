@@ -147,7 +147,7 @@ async def content(store: Store, entry: Entry) -> bytes:
     """A key's value as bytes; of a state its token ids, after its tail was read and its id compared."""
     value = entry.value
     if isinstance(value, StringRef | HeldString):
-        return store.read_string(value)
+        return store.strings.read(value)
     if isinstance(value, bytes):
         return value
     if isinstance(value, SessionValue):

@@ -177,7 +177,7 @@ def read_entry(store: Store, key: bytes, db: int = 0) -> Entry | None:
     """What a key holds, a large string as its bytes."""
     entry = store.keyspace.get(db, key)
     if entry is not None and isinstance(entry.value, StringRef | HeldString):
-        return entry._replace(value=store.read_string(entry.value))
+        return entry._replace(value=store.strings.read(entry.value))
     return entry
 
 

@@ -59,21 +59,21 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 async def test_any_length_in_any_pieces(store: Store, n_bytes: int, piece_bytes: int) -> None:
     value = (BIG * 2)[:n_bytes]
     held = await receive(store, value, piece_bytes)
-    assert store.read_string(held) == value
+    assert store.strings.read(held) == value
     store.keyspace.put(0, b"k", Entry(EntryType.STRING, 0, held))
     del held
     await store.keyspace.flush()
     entry = store.keyspace.get(0, b"k")
     assert entry is not None and isinstance(entry.value, StringRef)
     assert len(entry.value.crcs) == (0 if n_bytes <= PIECE_BYTES else 4 * -(-n_bytes // PIECE_BYTES))
-    assert store.read_string(entry.value) == value
+    assert store.strings.read(entry.value) == value
     for start, stop in (
         (0, 1),
         (n_bytes // 2, n_bytes),
         (n_bytes - 1, n_bytes + 5),
         (PIECE_BYTES - 1, PIECE_BYTES + 2),
     ):
-        assert store.read_string(entry.value, start, stop) == value[start:stop]
+        assert store.strings.read(entry.value, start, stop) == value[start:stop]
 
 
 async def test_expire_rename_copy_move_no_bytes(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ async def test_one_that_waits_for_its_commit_is_no_garbage(store: Store) -> None
     await store.keyspace.flush()
     await store.gc()
     await store.gc()
-    assert store.read_string(waits) == BIG
+    assert store.strings.read(waits) == BIG
     store.keyspace.put(0, b"k", Entry(EntryType.STRING, 0, waits))
     del waits
     await store.keyspace.flush()
@@ -278,10 +278,10 @@ async def test_entries_of_older_versions_are_read(store: Store) -> None:
     old = entry._replace(value=entry.value._replace(crcs=b""))
     row = msgpack.packb([1, 0, list(entry.value[:4])])
     assert decode_entry(row) == old and decode_entry(encode_entry(b"k", entry)) == entry
-    assert store.read_string(old.value) == BIG  # type: ignore[arg-type]
-    assert store.read_string(old.value, 5, PIECE_BYTES + 5) == BIG[5 : PIECE_BYTES + 5]  # type: ignore[arg-type]
-    reader = await store.open_string(old.value)  # type: ignore[arg-type]
-    pieces = [bytes(await store.string_piece(reader, number)) for number in range(reader.n_pieces)]
+    assert store.strings.read(old.value) == BIG  # type: ignore[arg-type]
+    assert store.strings.read(old.value, 5, PIECE_BYTES + 5) == BIG[5 : PIECE_BYTES + 5]  # type: ignore[arg-type]
+    reader = await store.strings.open(old.value)  # type: ignore[arg-type]
+    pieces = [bytes(await store.strings.piece(reader, number)) for number in range(reader.n_pieces)]
     reader.close()
     assert b"".join(pieces) == BIG
     with store._index.read() as txn:
