@@ -8,8 +8,9 @@ arithmetic alone.
 Differences grow from rounding: where two implementations differ in the last bit of a value that lies on the border
 between two FP8 or FP4 codes, the stored row differs by a whole code, and later tokens see it; where that moves a router
 score across another one, a token gets another expert. The same happens between two ways of ours to compute the same
-tokens (one by one, in chunks, by numpy or MLX): how far these lie apart is the noise. Most likely tokens are compared
-where the reference's best two logits differ by more than the noise at that position.
+tokens (one by one, in chunks, by numpy or MLX), and when the embeddings are nudged by two units in their last place:
+how far these lie apart is the noise. Nudges matter because the ways of one machine may all fall on the same side of a
+border. Most likely tokens are compared where the reference's best two logits differ by more than the noise there.
 
 tests/show/fidelity.py prints the whole table, for both references.
 """
@@ -20,7 +21,7 @@ import gzip
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,10 @@ from kvdb_protocol.dsv4 import Dsv4Payload, decode_payload
 N_PREFILL = 280
 # Tokens at a time of the ways whose spread is the noise.
 WAYS = (1, 7, 64, 300)
+# And of the runs with nudged embeddings, how many there are, and by how much a value is changed at most, of itself.
+NUDGED_WAY = 64
+NUDGES = 8
+NUDGE = 2.0**-22
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +172,18 @@ def every_logits(model: Model, ids: np.ndarray, size: int) -> F32:
     return np.concatenate(found)
 
 
+def nudged_logits(model: Model, ids: np.ndarray) -> list[F32]:
+    """`every_logits` with embeddings that differ in their last bits, NUDGES times."""
+    ops, weights = model.ops, model.weights
+    table = ops.host(ops.embed(weights.embed, np.arange(model.config.vocab)))
+    found = []
+    for seed in range(NUDGES):
+        factors = 1 + np.random.default_rng(seed).uniform(-NUDGE, NUDGE, table.shape).astype(np.float32)
+        nudged = Model(ops, model.config, replace(weights, embed=ops.array(table * factors)))
+        found.append(every_logits(nudged, ids, NUDGED_WAY))
+    return found
+
+
 def own_noise(ways: Sequence[F32]) -> F32:
     """(T,) how far our own ways of computing the same logits lie apart: the largest difference at each position."""
     stacked = np.stack(ways)
@@ -204,6 +221,7 @@ def main(arguments: Sequence[str]) -> int:
     _print("logits of decoding from the first token", rows)
     engines = {engine.ops.name: engine, "numpy": engine if engine.ops.name == "numpy" else vectors.engine("numpy")}
     ways = [every_logits(one.model, vectors.ids, size) for one in engines.values() for size in WAYS]
+    ways += nudged_logits(engine.model, vectors.ids)
     agree, counted = argmax_agreement(ours, theirs, own_noise(ways))
     print(f"same argmax where the best two differ by more than the noise there: {agree} of {counted}")
     _print("without drift", one_step(engine, vectors))

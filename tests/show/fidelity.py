@@ -6,8 +6,8 @@ for each way of running the same tokens: the table has the worst of them.
 
 The most likely token must be the reference's in 99.9 % of the positions where the reference's best two logits differ by
 more than the noise: the largest difference, at that position, between our own ways of computing the same tokens (for
-ds4: in chunks of 1, 7, 64 and 300, on every back end). For ds4's vectors, differences of states are bounded by
-correlation: a flipped FP8 or FP4 code is a whole step.
+ds4: in chunks of 1, 7, 64 and 300, on every back end, and with embeddings nudged in their last bits). For ds4's
+vectors, differences of states are bounded by correlation: a flipped FP8 or FP4 code is a whole step.
 
     python tests/show/fidelity.py [--quick]
 """
@@ -34,6 +34,7 @@ from kvdb_engine.fidelity import (
     argmax_agreement,
     compare,
     every_logits,
+    nudged_logits,
     one_step,
     own_noise,
     prefill_table,
@@ -58,6 +59,7 @@ class Report:
         )
         self.counted = self.agreeing = self.wrong = 0
         self.ds4: dict[str, list[np.ndarray]] = {}  # logits of each of our ways, by back end
+        self.nudged: list[np.ndarray] = []
 
     def section(self, reference: str, name: str, ops: str, row: Difference, holds: bool) -> None:
         """A line of the first table."""
@@ -130,11 +132,13 @@ def against_ds4(report: Report, vectors: Vectors, ops_name: str, chunks: tuple[i
         for row in prefill_table(engine, vectors, chunk):
             report.section("ds4", name, ops_name, row, row.correlation > DS4_CORRELATION)
     report.ds4[ops_name] = [every_logits(engine.model, vectors.ids, size) for size in WAYS]
+    if ops_name == "numpy":
+        report.nudged = nudged_logits(engine.model, vectors.ids)
 
 
 def tokens_of_ds4(report: Report, vectors: Vectors) -> None:
     """The most likely tokens of every way; the noise is the spread of all of them."""
-    noise = own_noise([one for ways in report.ds4.values() for one in ways])
+    noise = own_noise([*report.nudged, *(one for ways in report.ds4.values() for one in ways)])
     for ops_name, ways in report.ds4.items():
         pairs = [argmax_agreement(one, vectors.from_token_1, noise) for one in ways]
         agreeing, counted = (sum(numbers) for numbers in zip(*pairs, strict=True))
