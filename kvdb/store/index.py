@@ -26,7 +26,7 @@ from typing import Any
 
 import lmdb
 import msgpack
-from google_crc32c import extend
+from fastcrc.crc32 import iscsi as crc32c
 
 from kvdb.errors import CorruptError, KvdbError, MisconfError
 from kvdb.store.errors import as_kvdb_error
@@ -113,19 +113,19 @@ def from_end_key(data: bytes) -> tuple[bytes, int, bytes, bytes]:
 
 
 CRC_BYTES = 4
-TABLE_CRC = [extend(0, bytes([table])) for table in Table]
+TABLE_CRC = [crc32c(bytes([table])) for table in Table]
 
 
 def seal(table: Table, key: bytes, value: bytes) -> bytes:
     """A value as it is stored."""
-    crc: int = extend(extend(TABLE_CRC[table], key), value)
+    crc = crc32c(value, crc32c(key, TABLE_CRC[table]))
     return value + crc.to_bytes(CRC_BYTES, "little")
 
 
 def unseal(table: Table, key: bytes, stored: bytes) -> bytes:
     """Inverse of seal. Raises CorruptError."""
     value = stored[:-CRC_BYTES]
-    if extend(extend(TABLE_CRC[table], key), value) != int.from_bytes(stored[-CRC_BYTES:], "little"):
+    if crc32c(value, crc32c(key, TABLE_CRC[table])) != int.from_bytes(stored[-CRC_BYTES:], "little"):
         raise CorruptError(f"a row of table {table.name.lower()} of the index fails its checksum: run kvdb-check")
     return value
 

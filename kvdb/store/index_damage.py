@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from google_crc32c import extend
+from fastcrc.crc32 import iscsi as crc32c
 
 from kvdb.errors import CorruptError, KvdbError
 from kvdb.store.index import CRC_BYTES, FORMAT_NAME, TABLE_CRC, Index, Table
@@ -45,7 +45,7 @@ def damaged_rows(
         crc = TABLE_CRC[table]
         for key, stored, _ in rows:
             # One call for key and value: this loop is most of what a start costs.
-            if extend(crc, key + stored[:-CRC_BYTES]) != int.from_bytes(stored[-CRC_BYTES:], "little"):
+            if crc32c(key + stored[:-CRC_BYTES], crc) != int.from_bytes(stored[-CRC_BYTES:], "little"):
                 damaged.append((table, key))
                 if table is Table.META and key == FORMAT_NAME and len(stored) <= CRC_BYTES:
                     is_sealed = False

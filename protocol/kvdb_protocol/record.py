@@ -21,15 +21,13 @@ head's before they look at its head: of a tail that is all but the rows. Records
 
 from __future__ import annotations
 
-import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 
-import google_crc32c
-import numpy as np
+from fastcrc.crc32 import iscsi
 
 from kvdb_protocol.errors import ChecksumError, FormatError, VersionError
 from kvdb_protocol.ids import Buffer
@@ -44,8 +42,6 @@ VERSION = 1
 _TYPES = frozenset(range(1, 4))
 _SEGMENT = struct.Struct("<8sIIQQ")
 _RECORD = struct.Struct("<4sBBHQQII16sII8x")
-# From here on a checksum takes longer than letting other threads run meanwhile.
-FREE_BYTES = 64 << 10
 _CRC_AT = 28
 _CASTAGNOLI = 0x82F63B78
 
@@ -76,36 +72,13 @@ class RecordHeader:
         return record_bytes(self.payload_bytes)
 
 
-def _library() -> Callable[[int, int, int], int] | None:
-    """crc32c_extend of the C library beneath google_crc32c, or None where that package is built without it.
-
-    The package's own function computes the same, but holds the interpreter's lock meanwhile: threads that check
-    records would wait for each other.
-    """
-    try:
-        from google_crc32c import _crc32c
-
-        function = ctypes.CDLL(_crc32c.__file__).crc32c_extend
-    except (ImportError, OSError, AttributeError):
-        return None
-    function.restype = ctypes.c_uint32
-    function.argtypes = (ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t)
-    found: Callable[[int, int, int], int] = function
-    return found
-
-
-_extend = _library()
-
-
 def crc32c(buffers: Sequence[Buffer], crc: int = 0) -> int:
-    """crc32c (Castagnoli) of the concatenation of the buffers, behind bytes whose crc32c is `crc`."""
+    """crc32c (Castagnoli) of the concatenation of the buffers, behind bytes whose crc32c is `crc`.
+
+    The interpreter's lock is free meanwhile: no other thread may change the buffers.
+    """
     for buffer in buffers:
-        # The C extension refuses memoryviews, but takes an array over the same memory: no copy either way.
-        data = buffer if isinstance(buffer, bytes) else np.frombuffer(buffer, np.uint8)
-        if _extend is None or len(data) < FREE_BYTES:
-            crc = google_crc32c.extend(crc, data)
-        else:
-            crc = _extend(crc, np.frombuffer(data, np.uint8).ctypes.data, len(data))
+        crc = iscsi(buffer, crc)
     return crc
 
 
@@ -166,7 +139,7 @@ def pack_header(
     """The 64 header bytes of a record whose payload's length and checksum are known."""
     fields = (RECORD_MAGIC, record_type, VERSION, 0, n_bytes, n_bytes, payload_crc)
     last = (record_id[:16], head_bytes, head_crc)
-    return _RECORD.pack(*fields, google_crc32c.value(_RECORD.pack(*fields, 0, *last)), *last)
+    return _RECORD.pack(*fields, iscsi(_RECORD.pack(*fields, 0, *last)), *last)
 
 
 def padding(payload_bytes: int) -> bytes:
@@ -183,7 +156,7 @@ def decode_header(data: Buffer) -> RecordHeader:
     id16, head_bytes, head_crc = last
     if magic != RECORD_MAGIC:
         raise FormatError(f"not a record: magic {magic!r}")
-    if google_crc32c.value(head[:_CRC_AT] + b"\0\0\0\0" + head[_CRC_AT + 4 :]) != header_crc:
+    if iscsi(head[:_CRC_AT] + b"\0\0\0\0" + head[_CRC_AT + 4 :]) != header_crc:
         raise ChecksumError("record header checksum mismatch")
     if version != VERSION:
         raise VersionError(f"record version {version} is not supported")
@@ -225,7 +198,7 @@ def decode_record_head(data: Buffer) -> tuple[RecordHeader, memoryview]:
 def encode_segment_header(segment_id: int, created_ms: int) -> bytes:
     """The 4096 bytes a segment file begins with."""
     head = _SEGMENT.pack(SEGMENT_MAGIC, VERSION, 0, segment_id, created_ms)
-    return (head + struct.pack("<I", google_crc32c.value(head))).ljust(SEGMENT_HEADER_BYTES, b"\0")
+    return (head + struct.pack("<I", iscsi(head))).ljust(SEGMENT_HEADER_BYTES, b"\0")
 
 
 def decode_segment_header(data: Buffer) -> tuple[int, int]:
@@ -236,7 +209,7 @@ def decode_segment_header(data: Buffer) -> tuple[int, int]:
     magic, version, _, segment_id, created_ms = _SEGMENT.unpack(head)
     if magic != SEGMENT_MAGIC:
         raise FormatError(f"not a segment: magic {magic!r}")
-    if google_crc32c.value(head) != struct.unpack_from("<I", data, _SEGMENT.size)[0]:
+    if iscsi(head) != struct.unpack_from("<I", data, _SEGMENT.size)[0]:
         raise ChecksumError("segment header checksum mismatch")
     if version != VERSION:
         raise VersionError(f"segment version {version} is not supported")
