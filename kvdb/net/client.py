@@ -312,8 +312,10 @@ class Client(asyncio.Protocol):
         if self._next >= len(self._waiting):
             self._waiting = []
             self._next = 0
-        if self._out:
+        if self._pending_writes or self._has_strings:
             self.flush()
+        elif self._out:
+            self.server.send_soon(self)
         if self._close_wanted and self.task is None:
             self.close()
         if self._waiting or self.task is not None or self._write_paused or self.transport is None:

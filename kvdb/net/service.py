@@ -89,6 +89,7 @@ class Server:
         self.paused_until = 0.0
         self.pauses_writes_only = True
         self._next_client_id = 1
+        self._unsent: list[Client] = []  # may hold a client twice
         self._background: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.Server] = []
         self._rounds_task: asyncio.Task[None] | None = None
@@ -244,6 +245,21 @@ class Server:
         if sock is not None and client.listener != "unix":
             listeners.tune(sock, self.config.number("tcp-keepalive"))
         return None
+
+    def send_soon(self, client: Client) -> None:
+        """Send what a client's commands have answered, once all requests that have arrived by now are run.
+
+        As Redis does: what is written at once wakes its reader at once, and a reader that runs between two writes has
+        to be woken by both. Waking a process that sleeps is most of what a small command costs.
+        """
+        if not self._unsent:
+            self.loop.call_soon(self._send_unsent)
+        self._unsent.append(client)
+
+    def _send_unsent(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        for client in unsent:
+            client.send_now()
 
     def refresh_users(self) -> None:
         """Users have changed: connections of users that are gone are closed, the others see their new rights."""
