@@ -15,7 +15,7 @@ import logging
 import random
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -185,15 +185,13 @@ class Keyspace:
         # What a round frees is punched only after this thread has seen that round: so the record is still there.
         return entry._replace(value=self._hold(entry.value)) if type(entry.value) is StringRef else entry
 
-    def peek(self, db: int, key: bytes) -> Entry | None:
-        """What a key holds if that is in memory, whole and known not to be changed by a lower layer; else None.
+    def in_memory(self, db: int) -> tuple[Mapping[bytes, Entry | None], Mapping[bytes, Entry | None]]:
+        """What is known without reading the index: the newest changes, and what is so unless they say otherwise.
 
-        Neither reads the index nor deletes what has expired.
+        Good until the caller changes a key or awaits. Entries may have expired; large strings may be references.
         """
-        entry = self._maps[db].get(key)
-        if entry is None and self._frozen is None and key not in self._maps[db] and db not in self._active.cleared:
-            entry = self._clean[db].get(key)
-        return entry if entry is None or type(entry[2]) is not StringRef else None
+        is_newest = self._frozen is None and db not in self._active.cleared
+        return self._maps[db], self._clean[db] if is_newest else {}
 
     def exists(self, db: int, key: bytes) -> bool:
         """Whether a key holds something."""

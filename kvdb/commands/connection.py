@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from kvdb import __version__
 from kvdb.commands.parse import parse_int
-from kvdb.commands.registry import handler
+from kvdb.commands.registry import batch_handler, handler
 from kvdb.errors import KvdbError, NoAuthError, NoProtoError
-from kvdb_protocol.resp import OK, PONG, Encoded, Reply
+from kvdb_protocol.resp import OK, PONG, Encoded, Reply, Request
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client
@@ -29,6 +29,13 @@ def ping(client: Client, args: list[bytes]) -> Reply:
     if client.resp == 2 and client.is_subscriber:
         return [b"pong", args[0]]
     return args[0]
+
+
+@batch_handler("PING")
+def ping_batch(client: Client, requests: list[Request]) -> list[bytes]:
+    """Those without a message."""
+    n_plain = next((at for at, request in enumerate(requests) if request != [b"PING"]), len(requests))
+    return [PONG.data] * n_plain
 
 
 @handler("ECHO")

@@ -35,12 +35,13 @@ def get(client: Client, args: list[bytes]) -> Reply:
 @batch_handler("GET")
 def get_batch(client: Client, requests: list[Request]) -> list[bytes]:
     """Short values that are in memory and do not expire."""
-    peek, db = client.server.keyspace.peek, client.db
+    newest, others = client.server.keyspace.in_memory(client.db)
     replies = []
     for request in requests:
         if len(request) != 2 or request[0] != b"GET":
             break
-        entry = peek(db, request[1])
+        key = request[1]
+        entry = newest[key] if key in newest else others.get(key)
         if entry is None or entry[1] or type(value := entry[2]) is not bytes or len(value) >= SHORT_BYTES:
             break
         replies.append(b"".join((BULK_HEADERS[len(value)], value, b"\r\n")))

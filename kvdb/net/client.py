@@ -73,7 +73,6 @@ class Client(asyncio.Protocol):
         self._waiting_bytes = 0
         self._next = 0
         self._out: list[bytes] = []
-        self._out_bytes = 0
         self._pending_writes: list[int] = []  # places in `_out` of replies to writes that are not durable yet
         self._running = False
         self._write_paused = False
@@ -159,23 +158,28 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse, run, reply."""
-        if self._closing:
-            return
         self.input_bytes += len(data)
         self.last_used = self.server.now
         requests = self.parser.feed(data)
+        if self._stopped or self._held or self._waiting or not requests:
+            self._keep_waiting(requests, len(data))
+        else:
+            self._waiting = requests
+            self._process()
+
+    def _keep_waiting(self, requests: list[Request], n_bytes: int) -> None:
+        """Requests that came while earlier ones wait, or none yet; run them if that is possible now."""
+        if self._closing:
+            return
         if not requests and self.parser.buffered_bytes > self.server.max_query_bytes:
             log.warning("client %d (%s) closed: its unfinished request is over the limit", self.id, self.peer)
             self.abort()
             return
-        if self._waiting:
-            self._waiting += requests
-        else:
-            self._waiting = requests
+        self._waiting += requests
         if not self._stopped and not self._held:
             self._process()
             return
-        self._waiting_bytes += len(data)
+        self._waiting_bytes += n_bytes
         if self._waiting_bytes > _WAITING_BYTES and not self._read_paused and self.transport is not None:
             self._read_paused = True
             self.transport.pause_reading()
@@ -199,32 +203,35 @@ class Client(asyncio.Protocol):
         while at < n_waiting and not self._stopped:
             request = waiting[at]
             bound = commands.get(request[0])
-            is_plain = bound is not None and len(request) in bound.lengths and not (self.gated or server.gated)
-            if not is_plain:
+            at += 1
+            if bound is None or self.gated or server.gated or len(request) not in bound.lengths:
+                is_plain = False
                 if server.gated and dispatch.is_held(self, request):
+                    at -= 1
                     self._held = True
                     break
                 bound, encoded = dispatch.prepare(self, request)
-            at += 1
-            if bound is None:
-                self.add_reply(encoded)
-                self._mute_last()
-                began = clock()
-                continue
-            if is_plain and bound.batch_fn is not None and at < n_waiting:
-                replies = bound.batch_fn(self, waiting[at - 1 : at - 1 + _BATCH_REQUESTS])
-                if replies:
-                    at += len(replies) - 1
-                    ended = clock()
-                    bound.calls += len(replies)
-                    bound.seconds += ended - began
-                    began = ended
-                    out += replies
-                    out_bytes += sum(map(len, replies))
-                    if out_bytes > _BATCH_BYTES:
-                        self.flush()
-                        out_bytes = 0
+                if bound is None:
+                    self.add_reply(encoded)
+                    self._mute_last()
+                    began = clock()
                     continue
+            else:
+                is_plain = True
+                if at < n_waiting and bound.batch_fn is not None:
+                    replies = bound.batch_fn(self, waiting[at - 1 : at - 1 + _BATCH_REQUESTS])
+                    if replies:
+                        at += len(replies) - 1
+                        ended = clock()
+                        bound.calls += len(replies)
+                        bound.seconds += ended - began
+                        began = ended
+                        out += replies
+                        out_bytes += sum(map(len, replies))
+                        if out_bytes > _BATCH_BYTES:
+                            self.flush()
+                            out_bytes = 0
+                        continue
             try:
                 reply: Any = bound.fn(self, request[bound.n_names :])  # type: ignore[misc]
                 kind = type(reply)
@@ -278,8 +285,8 @@ class Client(asyncio.Protocol):
                 self.flush()
                 out_bytes = 0
         else:
-            if at:
-                self.last_bound = bound or self.last_bound
+            if bound is not None:
+                self.last_bound = bound
         self._next = at
         self._running = False
         if self.task is None:
@@ -311,11 +318,15 @@ class Client(asyncio.Protocol):
         """Between batches: send what is ready, and read on if nothing waits."""
         if self._next >= len(self._waiting):
             self._waiting = []
-            self._next = 0
+            self._next = self._waiting_bytes = 0
         if self._pending_writes or self._has_strings:
             self.flush()
         elif self._out:
             self.server.send_soon(self)
+        if self._stopped or self._read_paused or self._waiting or self.parser.error is not None:
+            self._settle_rest()
+
+    def _settle_rest(self) -> None:
         if self._close_wanted and self.task is None:
             self.close()
         if self._waiting or self.task is not None or self._write_paused or self.transport is None:
@@ -445,7 +456,6 @@ class Client(asyncio.Protocol):
     def add_reply(self, data: bytes) -> None:
         """Add encoded bytes behind what is already to be sent; they go out when the batch ends."""
         self._out.append(data)
-        self._out_bytes += len(data)
 
     def flush(self) -> None:
         """Send what is ready; under `appendfsync always`, when it is durable."""
@@ -459,14 +469,16 @@ class Client(asyncio.Protocol):
         out = self._out
         if not out:
             return
-        n_bytes = sum(map(len, out))
-        self._out_bytes = 0
+        n_bytes = len(out[0]) if len(out) == 1 else sum(map(len, out))
         self.output_bytes += n_bytes
-        if self.transport is not None and not self.transport.is_closing():
-            if n_bytes > _BATCH_BYTES and len(out) > 1:
-                self.transport.writelines(out.copy())
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            if len(out) == 1:
+                transport.write(out[0])
+            elif n_bytes > _BATCH_BYTES:
+                transport.writelines(out.copy())
             else:
-                self.transport.write(out[0] if len(out) == 1 else b"".join(out))
+                transport.write(b"".join(out))
         out.clear()
 
     def push(self, kind: str, *items: Reply) -> None:

@@ -29,7 +29,8 @@ UNAUTHENTICATED_BULK_BYTES = 16 * 1024
 _HUGE_COUNT = re.compile(rb"\*[0-9]{6}")
 # The usual counts of arguments and their headers, and the headers of arguments of usual lengths.
 _COUNTS = {b"*%d" % count: count for count in range(1, 65)}
-_header = tuple(b"$%d" % n_bytes for n_bytes in range(1025)).__getitem__
+_HEADERS = tuple(b"$%d" % n_bytes for n_bytes in range(1025))
+_header = _HEADERS.__getitem__
 # Bulk strings below this size have the header of their reply ready.
 SHORT_BYTES = 1024
 BULK_HEADERS = tuple(b"$%d\r\n" % n_bytes for n_bytes in range(SHORT_BYTES))
@@ -87,6 +88,7 @@ class RequestParser:
         "_bulk",
         "_bulk_at",
         "_bulk_left",
+        "_is_between",
         "_lines",
         "_missing",
         "_request",
@@ -103,6 +105,7 @@ class RequestParser:
         self.error: RequestError | None = None
         self._lines = bytearray()  # received, not yet understood
         self._request: Request | None = None  # arguments of the request being read, None between requests
+        self._is_between = True  # requests: nothing of one is waiting for more
         self._missing = 0  # bulk strings that are still to come
         self._bulk_left = -1  # bytes of the current bulk string and its CRLF still to come, -1: header not read
         self._bulk: list[bytes] | None = None  # pieces of a large bulk string, joined once
@@ -118,12 +121,12 @@ class RequestParser:
 
     def feed(self, data: bytes) -> list[Request]:
         """Add received bytes and return the requests that are now complete; empty requests are left out."""
-        if self.error is not None:
-            return []
-        if self._request is None and not self._lines and self.authenticated:
+        if self._is_between and self.authenticated:
             requests, data = _parse_batch(data)
             if not data:
                 return requests
+        elif self.error is not None:
+            return []
         else:
             requests = []
         try:
@@ -132,6 +135,7 @@ class RequestParser:
             self.error = error
             self._lines.clear()
             self._bulk = self._sink = None
+        self._is_between = self._request is None and not self._lines and self.error is None
         return requests
 
     def _parse(self, data: bytes, requests: list[Request]) -> None:
@@ -295,35 +299,38 @@ def _parse_batch(data: bytes) -> tuple[list[Request], bytes]:
 
     Returns them and the bytes behind them; no requests if the batch is not of the usual kind.
     """
-    if data[:1] != b"*" or len(data) > _FAST_CHUNK_BYTES or (len(data) > _OWN_BUFFER_BYTES and _begins_large(data)):
+    if len(data) > _OWN_BUFFER_BYTES and (len(data) > _FAST_CHUNK_BYTES or _begins_large(data)):
         return [], data
     pieces = data.split(b"\r\n")
     n_args = _COUNTS.get(pieces[0])
     if n_args is None:
-        return _parse_mixed(data)
-    step = 2 * n_args + 1
-    n_requests = (len(pieces) - 1) // step
-    end = n_requests * step
+        return _parse_mixed(data) if data[:1] == b"*" else ([], data)
     # Cut at every CRLF, requests of k arguments give 2k + 1 pieces each. If every first one is the count and each other
     # pair is a length and that many bytes, `data` is exactly the encoding of the arguments found.
+    step = 2 * n_args + 1
     try:
-        if n_requests == 1:
-            request = pieces[2:end:2]
-            if pieces[1:end:2] != [_header(len(argument)) for argument in request]:
+        if len(pieces) == step + 1:
+            request = pieces[2::2]
+            if pieces[1:-1:2] == [_HEADERS[len(argument)] for argument in request] and not pieces[-1]:
+                return [request], b""
+            return _parse_mixed(data)
+        n_requests = (len(pieces) - 1) // step
+        end = n_requests * step
+        if pieces[0:end:step].count(pieces[0]) != n_requests:
+            return _parse_mixed(data)
+        columns = []
+        for at in range(2, step, 2):
+            column, headers = pieces[at:end:step], pieces[at - 1 : end : step]
+            if at == 2 and column.count(column[0]) == n_requests:  # the commands' names, mostly the same
+                is_good = headers.count(_header(len(column[0]))) == n_requests
+            else:
+                is_good = headers == list(map(_header, map(len, column)))
+            if not is_good:
                 return _parse_mixed(data)
-            requests = [request]
-        else:
-            if pieces[0:end:step].count(pieces[0]) != n_requests:
-                return _parse_mixed(data)
-            columns = []
-            for at in range(2, step, 2):
-                column = pieces[at:end:step]
-                if pieces[at - 1 : end : step] != list(map(_header, map(len, column))):
-                    return _parse_mixed(data)
-                columns.append(column)
-            requests = list(map(list, zip(*columns, strict=True)))
+            columns.append(column)
     except IndexError:
         return _parse_mixed(data)
+    requests = list(map(list, zip(*columns, strict=True)))
     return requests, b"\r\n".join(pieces[end:]) if len(pieces) > end + 1 else pieces[end]
 
 
