@@ -37,6 +37,7 @@ from kvdb_engine.catalog import ModelInfo
 from kvdb_engine.interface import EngineLike, LiveState
 from kvdb_engine.sampling import Sampling, sample
 from kvdb_engine.state_reader import BadRecordError, Buffers, Place, StateReader
+from kvdb_engine.writeback import start_writeback
 from kvdb_protocol.frames import FrameReader, Message, encode_frame
 from kvdb_protocol.ids import NO_PAGE, Buffer, content_id
 from kvdb_protocol.page import Page, encode_page
@@ -367,6 +368,7 @@ def write_record(handle: int, offset: int, kind: RecordType, record_id: bytes, p
 
     A record is not durable before the daemon's fdatasync, and does not exist before its commit.
     """
+    begin = offset
     size = sum(memoryview(piece).nbytes for piece in payload)
     pieces = [
         memoryview(piece).cast("B") for piece in (state_header(kind, record_id, payload), *payload, padding(size))
@@ -380,4 +382,5 @@ def write_record(handle: int, offset: int, kind: RecordType, record_id: bytes, p
             del pieces[0]
         if n:
             pieces[0] = pieces[0][n:]
+    start_writeback(handle, begin, offset - begin)
     return size

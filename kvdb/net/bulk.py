@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from kvdb.acl import refused
 from kvdb.errors import KvdbError
-from kvdb.store.entries import HeldString, LargeValue, StringRef, place_of
+from kvdb.store.entries import PIECE_BYTES, HeldString, LargeValue, StringRef, place_of
 from kvdb.store.errors import as_kvdb_error
 from kvdb_protocol.resp import Encoded, Reply, Request, encode, encode_error
 
@@ -26,7 +26,7 @@ log = logging.getLogger("kvdb")
 # Received and not written: above this the socket is not read. One write in flight, the next one gathering.
 _WAITING_BYTES = 2 << 20
 # A write begins when so much has gathered, or the last byte is here: each one costs two changes of thread.
-_GATHER_BYTES = 1 << 20
+_GATHER_BYTES = 256 << 10
 # The same over all connections: above it nobody gathers more while a write is in flight.
 _ALL_WAITING_BYTES = 64 << 20
 # Strings below this are read at once and sent as one object.
@@ -128,15 +128,18 @@ async def _send_string(client: Client, string: HeldString) -> None:
     sent = 0
     try:
         reader = await store.strings.open(string)
+        buffer = bytearray(PIECE_BYTES)
         try:
-            piece = await store.strings.piece(reader, 0)
+            piece = await store.strings.piece(reader, 0, buffer)
             client.write(b"$%d\r\n" % n_bytes)
             for number in range(reader.n_pieces):
                 client.write(piece)
                 sent += len(piece)
+                if client.has_unsent:  # a part of the piece waits in the transport, which needs the buffer until then
+                    buffer = bytearray(PIECE_BYTES)
                 if number + 1 < reader.n_pieces:
                     # Read while the client takes this one.
-                    piece = await store.strings.piece(reader, number + 1)
+                    piece = await store.strings.piece(reader, number + 1, buffer)
                 await client.drained()
                 if number % _PIECES_AT_ONCE == _PIECES_AT_ONCE - 1:
                     await asyncio.sleep(0)

@@ -415,11 +415,16 @@ class Client(asyncio.Protocol):
         finally:
             self._is_sending = False
 
-    def write(self, data: bytes | bytearray) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Hand encoded bytes to the transport, ahead of what is gathered: from within `_send_all`."""
         self.output_bytes += len(data)
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the transport still holds something of what it was given."""
+        return self.transport is not None and self.transport.get_write_buffer_size() > 0
 
     async def drained(self) -> None:
         """Wait until the client has read enough for more to be written."""

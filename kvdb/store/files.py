@@ -16,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from kvdb_engine.writeback import start_writeback
+
 Writable = bytearray | memoryview
 Readable = bytes | bytearray | memoryview
 
 _NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux
-_SYNC_FILE_RANGE_WRITE = 2
 _FALLOC_KEEP_SIZE = 1
 _FALLOC_PUNCH_HOLE = 2
 _F_PUNCHHOLE = 99  # macOS <sys/fcntl.h>; its argument is struct fpunchhole
@@ -57,8 +58,8 @@ class Files(Protocol):
     def read(self, fd: int, n_bytes: int, offset: int) -> bytes:
         """Up to `n_bytes` from `offset` as a new object, fewer only at the end of the file."""
 
-    def read_cached(self, fd: int, n_bytes: int, offset: int) -> bytearray | None:
-        """The same bytes if they can be had without waiting for a disk, else None."""
+    def read_cached(self, fd: int, buffer: Writable, offset: int) -> bool:
+        """Fill the buffer if that needs no waiting for a disk; else False, and what is in it means nothing."""
 
     def write(self, fd: int, data: Readable, offset: int) -> None:
         """Write all of `data` at `offset`."""
@@ -143,15 +144,15 @@ class OsFiles:
             data += more  # Linux reads at most 2 GiB at once
         return data
 
-    def read_cached(self, fd: int, n_bytes: int, offset: int) -> bytearray | None:
-        """The same bytes if they can be had without waiting for a disk, else None."""
+    def read_cached(self, fd: int, buffer: Writable, offset: int) -> bool:
+        """Fill the buffer if that needs no waiting for a disk; else False, and what is in it means nothing."""
         if _NOWAIT is None:
-            return None
-        data = bytearray(n_bytes)
+            return False
+        view = memoryview(buffer)
         try:
-            return data if os.preadv(fd, [data], offset, _NOWAIT) == n_bytes else None
+            return os.preadv(fd, [view], offset, _NOWAIT) == view.nbytes
         except OSError:
-            return None  # not in the page cache, or a file system that cannot tell
+            return False  # not in the page cache, or a file system that cannot tell
 
     def write(self, fd: int, data: Readable, offset: int) -> None:
         """Write all of `data` at `offset`."""
@@ -162,7 +163,7 @@ class OsFiles:
 
     def start_writeback(self, fd: int, offset: int, n_bytes: int) -> None:
         """Begin to bring a range to the disk, so that a later datasync waits less. Promises nothing, never fails."""
-        _write_back(fd, offset, n_bytes)
+        start_writeback(fd, offset, n_bytes)
 
     def datasync(self, fd: int) -> None:
         """Make a file's data and length survive power loss."""
@@ -231,18 +232,11 @@ if sys.platform == "darwin":
     def _punch(fd: int, offset: int, n_bytes: int) -> None:
         fcntl.fcntl(fd, _F_PUNCHHOLE, struct.pack("<IIqq", 0, 0, offset, n_bytes))
 
-    def _write_back(fd: int, offset: int, n_bytes: int) -> None:
-        """The system has no such call."""
-
 else:
     _libc = ctypes.CDLL(None, use_errno=True)
     _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
     def _punch(fd: int, offset: int, n_bytes: int) -> None:
         if _libc.fallocate(fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, n_bytes):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
-
-    def _write_back(fd: int, offset: int, n_bytes: int) -> None:
-        _libc.sync_file_range(fd, offset, n_bytes, _SYNC_FILE_RANGE_WRITE)

@@ -54,9 +54,9 @@ class LargeStrings:
             raise
         return reader
 
-    async def piece(self, reader: StringReader, number: int) -> bytes | bytearray:
-        """A piece of it, checked. Raises CorruptError."""
-        piece = reader.cached(number)
+    async def piece(self, reader: StringReader, number: int, buffer: bytearray) -> bytes | memoryview:
+        """A piece of it, checked; it may lie in `buffer`, of PIECE_BYTES. Raises CorruptError."""
+        piece = reader.cached(number, buffer)
         return piece if piece is not None else await self._loop.run_in_executor(self._pool, reader.piece, number)
 
     def give_back_late(self) -> None:

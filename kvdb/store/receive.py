@@ -22,12 +22,14 @@ from kvdb.store.records import Reservation
 from kvdb.store.segments import Segments
 from kvdb.store.strings import Sums
 from kvdb.store.work import Extent
-from kvdb_protocol.record import HEADER_BYTES, padding, record_bytes
+from kvdb_protocol.record import ALIGN, HEADER_BYTES, padding, record_bytes
 
 log = logging.getLogger("kvdb.store")
 
 # Synced so often while it comes in: then the round that commits a string does not make others wait for its bytes.
 SYNC_BYTES = 16 << 20
+# The system is told to write so much at a time.
+WRITEBACK_BYTES = 512 << 10
 # Segments that are kept open for the next strings; one that more clients sent at a time is closed for good.
 IDLE_WRITERS = 4
 WRITER = "string-"
@@ -78,11 +80,12 @@ class Incoming:
         self._files = receiver.files
         self._fd = -1
         self._sums = Sums()
+        self._begun = reservation.offset + ALIGN  # up to here writing to the disk has begun; the header is written last
         self._synced = 0
 
     async def write(self, pieces: Sequence[bytes]) -> None:
         """The next bytes. Raises KvdbError."""
-        await self._in_thread(partial(self._write_on, pieces))
+        await self._in_thread(partial(self._write, pieces))
 
     async def finish(self, pieces: Sequence[bytes], string: HeldString) -> None:
         """The last bytes: `string` stands for all of them now. Raises KvdbError."""
@@ -113,15 +116,13 @@ class Incoming:
         for piece in pieces:
             files.write(self._fd, piece, begin + sums.n_bytes)
             sums.add(piece)
+            # The disk works while the rest is copied. Whole blocks only: one on its way cannot be written to.
+            end = (begin + sums.n_bytes) // ALIGN * ALIGN
+            if end - self._begun >= WRITEBACK_BYTES:
+                files.start_writeback(self._fd, self._begun, end - self._begun)
+                self._begun = end
         if sums.n_bytes - self._synced >= SYNC_BYTES:
             self._sync()
-
-    def _write_on(self, pieces: Sequence[bytes]) -> None:
-        first = self._sums.n_bytes
-        self._write(pieces)
-        begin = self._reservation.offset + HEADER_BYTES + first
-        # More is to come: the disk can work meanwhile. Behind the last bytes the round's sync follows at once.
-        self._files.start_writeback(self._fd, begin, self._sums.n_bytes - first)
 
     def _sync(self) -> None:
         segments, segment = self._receiver.segments, self._reservation.segment_id

@@ -204,12 +204,13 @@ class StringReader:
         self._check(number, data)
         return data
 
-    def cached(self, number: int) -> bytearray | None:
-        """The piece if it can be had without waiting for a disk. Raises CorruptError."""
+    def cached(self, number: int, buffer: bytearray) -> memoryview | None:
+        """The piece, in `buffer` of PIECE_BYTES, if it can be had without waiting for a disk. Raises CorruptError."""
         offset, n_bytes = self._range(number)
-        data = self._files.read_cached(self._fd, n_bytes, self.ref.offset + HEADER_BYTES + offset)
-        if data is not None:
-            self._check(number, data)
+        data = memoryview(buffer)[:n_bytes]
+        if not self._files.read_cached(self._fd, data, self.ref.offset + HEADER_BYTES + offset):
+            return None
+        self._check(number, data)
         return data
 
     def open(self) -> None:
@@ -228,8 +229,8 @@ class StringReader:
         """The same if it need not wait for a disk; False if it must. Raises CorruptError."""
         with self._named():
             self._open()
-            head = self._files.read_cached(self._fd, HEADER_BYTES, self.ref.offset)
-            if head is None or not self._crcs:
+            head = bytearray(HEADER_BYTES)
+            if not self._crcs or not self._files.read_cached(self._fd, head, self.ref.offset):
                 return False
             self._check_header(head)
             return True

@@ -59,9 +59,9 @@ class FailingFiles(OsFiles):
         self._called("read")
         return super().read(fd, n_bytes, offset)
 
-    def read_cached(self, fd: int, n_bytes: int, offset: int) -> bytearray | None:
+    def read_cached(self, fd: int, buffer: Writable, offset: int) -> bool:
         self._called("read")
-        return super().read_cached(fd, n_bytes, offset)
+        return super().read_cached(fd, buffer, offset)
 
     def write(self, fd: int, data: Readable, offset: int) -> None:
         try:
