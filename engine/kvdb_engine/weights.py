@@ -70,6 +70,10 @@ class BlockFloats:
         powers = np.exp2(self.scales.astype(np.float32) - 127)[..., None]
         return np.ascontiguousarray((values * powers).reshape(*self.scales.shape[:-1], -1), np.float32)
 
+    def at(self, index: int) -> BlockFloats:
+        """One of the first axis."""
+        return BlockFloats(self.codes[index], self.scales[index], self.bits)
+
     def reshape(self, *leading: int) -> BlockFloats:
         """The same values with other leading axes."""
         codes = self.codes.reshape(*leading, self.codes.shape[-1])
@@ -88,6 +92,10 @@ class Halves:
         if self.kind == "BF16":
             return (self.values.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return self.values.view(np.float16).astype(np.float32)
+
+    def at(self, index: int) -> Halves:
+        """One of the first axis."""
+        return Halves(self.values[index], self.kind)
 
     def reshape(self, *leading: int) -> Halves:
         """The same values with other leading axes."""
@@ -239,8 +247,7 @@ class CompactTensor:
 
     def matrix(self, index: int) -> F32:
         """See Tensor."""
-        values: F32 = self.values.dense()[index]
-        return values
+        return self.values.at(index).dense()
 
     def affine(self) -> AffineCodes | None:
         """See Tensor."""

@@ -21,9 +21,19 @@ import numpy.typing as npt
 
 from kvdb_engine.errors import ModelError
 from kvdb_engine.packing import E2M1, E4M3, F32
-from kvdb_engine.weights import AffineCodes, AffineTensor, BlockFloats, Halves, StackedTensor, Tensor, release
+from kvdb_engine.weights import (
+    AffineCodes,
+    AffineTensor,
+    BlockFloats,
+    CompactTensor,
+    Halves,
+    StackedTensor,
+    Tensor,
+    release,
+)
 from kvdb_engine.weights_names import GATE_UP, is_transformers_name, official_name
 
+_MODES = {"affine": 0, "mxfp4": 4, "mxfp8": 8}  # of MLX's tools; those of one width have it here
 HEADER_LIMIT = 100 << 20  # the format's own limit for the JSON header
 _DTYPES = {
     "F64": "<f8",
@@ -204,7 +214,7 @@ class SafetensorsSource:
         if entry is None:
             return None
         if entry.kind == "U32" and f"{name}.scales" in self._entries:
-            return AffineTensor(self._affine(name, entry))
+            return self._quantised(name, entry)
         for suffix in (".scale", ".weight_scale_inv", ".weight_scale"):
             scale = self._entries.get(name + suffix)
             if scale is not None and len(scale.shape) == 2 and len(entry.shape) == 2:
@@ -225,9 +235,9 @@ class SafetensorsSource:
             raise ModelError(f"{self.where}: experts of layer {layer} ({part}) differ in shape")
         return StackedTensor(tuple(found))
 
-    def _affine(self, name: str, entry: Entry) -> AffineCodes:
-        """A matrix that MLX's tools quantised: codes in .weight, and .scales and .biases."""
-        scales, biases = (self._entries.get(f"{name}.{part}") for part in ("scales", "biases"))
+    def _quantised(self, name: str, entry: Entry) -> Tensor:
+        """A matrix that MLX's tools quantised: codes in .weight, and .scales, in mode affine .biases too."""
+        scales, biases = self._entries[f"{name}.scales"], self._entries.get(f"{name}.biases")
         own = next(
             (
                 self._quantization[key]
@@ -236,18 +246,26 @@ class SafetensorsSource:
             ),
             self._quantization,
         )
-        group_size, bits = own.get("group_size"), own.get("bits")
-        if own.get("mode", "affine") != "affine" or scales is None or biases is None:
-            raise ModelError(f"{self.where}: {name} is quantised in a mode other than affine, which is not supported")
+        mode, group_size, bits = own.get("mode", "affine"), own.get("group_size"), own.get("bits")
+        if mode not in _MODES:
+            raise ModelError(f"{self.where}: {name} is quantised in mode {mode!r}; supported are {', '.join(_MODES)}")
         if not isinstance(group_size, int) or not isinstance(bits, int):
             raise ModelError(f"{self.where}: config.json does not say how {name} is quantised (group_size, bits)")
+        if mode == "affine" and biases is None:
+            raise ModelError(f"{self.where}: tensor {name}.biases is missing")
         inner = entry.shape[-1] * 32 // bits
-        if scales.shape != (*entry.shape[:-1], inner // group_size) or biases.shape != scales.shape:
+        same = [scales] if biases is None or mode != "affine" else [scales, biases]
+        if any(part.shape != (*entry.shape[:-1], inner // group_size) for part in same):
             raise ModelError(
                 f"{self.where}: {name} has codes {entry.shape} and scales {scales.shape}; config.json says "
                 f"{bits} bits in groups of {group_size}"
             )
-        return AffineCodes(entry.values, scales.dense(), biases.dense(), group_size, bits)
+        if mode == "affine":
+            assert biases is not None
+            return AffineTensor(AffineCodes(entry.values, scales.dense(), biases.dense(), group_size, bits))
+        if (group_size, bits, scales.kind) != (32, _MODES[mode], "U8"):
+            raise ModelError(f"{self.where}: {name} is not {mode}: it has groups of 32 and scales of kind U8")
+        return CompactTensor(BlockFloats(entry.values, scales.values, bits))
 
 
 def _split_gate_up(entries: dict[str, Entry]) -> dict[str, Entry]:

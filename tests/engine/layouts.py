@@ -14,7 +14,7 @@ import numpy as np
 from kvdb_engine import backend
 from kvdb_engine.config import from_hf
 from kvdb_engine.packing import E2M1, E4M3
-from kvdb_engine.weights import AffineCodes
+from kvdb_engine.weights import AffineCodes, BlockFloats
 from kvdb_engine.weights_gguf import gguf_name
 from tests.engine.checkpoints import CONFIG, Stored, stored, weights, write_folder
 
@@ -104,8 +104,16 @@ def mlx_quantise(values: np.ndarray, bits: int, group_size: int) -> AffineCodes:
     return AffineCodes(np.array(codes), np.array(scales), np.array(biases), group_size, bits)
 
 
-def quantised_folder(folder: Path, *, stack_experts: bool) -> tuple[Path, Path]:
-    """The same values as an MLX-quantised folder (4 bits, head 8) and as float32."""
+def mlx_block_floats(values: np.ndarray, bits: int) -> BlockFloats:
+    import mlx.core as mx
+
+    backend.select("mlx-cpu")
+    codes, scales = mx.quantize(mx.array(values), mode=f"mxfp{bits}")
+    return BlockFloats(np.array(codes), np.array(scales), bits)
+
+
+def quantised_folder(folder: Path, *, stack_experts: bool, mode: str = "affine") -> tuple[Path, Path]:
+    """The same values as an MLX-quantised folder (4 bits, head 8) and as float32. mode: affine, or mxfp."""
     entries: Stored = {}
     meaning: dict[str, np.ndarray] = {}
     tensors = weights(5)
@@ -117,10 +125,16 @@ def quantised_folder(folder: Path, *, stack_experts: bool) -> tuple[Path, Path]:
     for name, values in tensors.items():
         base = name.removesuffix(".weight")
         if values.ndim >= 2 and any(part in name for part in (".attn.w", "experts", "head.w", "embed", "indexer.wq")):
-            codes = mlx_quantise(values, 8 if name.startswith("head") else 4, 32)
+            bits = 8 if name.startswith("head") else 4
+            codes = mlx_quantise(values, bits, 32) if mode == "affine" else mlx_block_floats(values, bits)
             entries[name] = ("U32", codes.codes.shape, codes.codes.tobytes())
-            for part, data in (("scales", codes.scales), ("biases", codes.biases)):
-                entries[f"{base}.{part}"] = ("F32", data.shape, data.tobytes())
+            entries[f"{base}.scales"] = (
+                "F32" if mode == "affine" else "U8",
+                codes.scales.shape,
+                codes.scales.tobytes(),
+            )
+            if isinstance(codes, AffineCodes):
+                entries[f"{base}.biases"] = ("F32", codes.biases.shape, codes.biases.tobytes())
             dense = codes.dense()
         else:
             entries |= stored({name: values})
@@ -131,7 +145,8 @@ def quantised_folder(folder: Path, *, stack_experts: bool) -> tuple[Path, Path]:
                 meaning[f"layers.{layer}.ffn.experts.{expert}.{part}.weight"] = dense[expert]
         else:
             meaning[name] = dense
-    quantization = {"group_size": 32, "bits": 4, "head": {"group_size": 32, "bits": 8}}
+    modes = ({}, {}) if mode == "affine" else ({"mode": "mxfp4"}, {"mode": "mxfp8"})
+    quantization = {"group_size": 32, "bits": 4, **modes[0], "head": {"group_size": 32, "bits": 8, **modes[1]}}
     packed = write_folder(folder / "q", entries, 2, quantization=quantization)
     return packed, write_folder(folder / "f", stored(meaning))
 

@@ -13,11 +13,11 @@ from kvdb_engine.catalog import open_model
 from kvdb_engine.engine import Engine
 from kvdb_engine.errors import ModelError
 from kvdb_engine.fidelity import Vectors
-from kvdb_engine.weights import AffineTensor, HostTensor, StackedTensor, regroup
+from kvdb_engine.weights import AffineTensor, CompactTensor, HostTensor, StackedTensor, regroup
 from kvdb_engine.weights_gguf import GgufSource, _affine_q4_k
 from kvdb_engine.weights_safetensors import SafetensorsSource
+from tests.engine.layouts import mlx_block_floats, quantised_folder
 from tests.engine.layouts import mlx_quantise as quantise
-from tests.engine.layouts import quantised_folder
 
 mx = pytest.importorskip("mlx.core")
 RNG = np.random.default_rng(11)
@@ -72,9 +72,20 @@ def test_q4_k_means_what_gguf_says() -> None:
     assert np.abs(ours - theirs).max() < 1e-6 * np.abs(theirs).max()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_block_floats_mean_what_mlx_says(bits: int) -> None:
+    values = RNG.standard_normal((2, 6, 128)).astype(np.float32)
+    ours = mlx_block_floats(values, bits)
+    theirs = mx.dequantize(mx.array(ours.codes), mx.array(ours.scales), mode=f"mxfp{bits}")
+    assert np.array_equal(ours.dense(), np.array(theirs.astype(mx.float32)))
+    assert np.array_equal(CompactTensor(ours).matrix(1), ours.dense()[1])
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp"])
 @pytest.mark.parametrize("stack_experts", [False, True])
-def test_mlx_quantised_folder(tmp_path: Path, stack_experts: bool) -> None:
-    packed, plain = (open_model(str(path)) for path in quantised_folder(tmp_path, stack_experts=stack_experts))
+def test_mlx_quantised_folder(tmp_path: Path, stack_experts: bool, mode: str) -> None:
+    folders = quantised_folder(tmp_path, stack_experts=stack_experts, mode=mode)
+    packed, plain = (open_model(str(path)) for path in folders)
     assert packed.family == plain.family and packed.fingerprint != plain.fingerprint
     prompt = RNG.integers(0, 64, 150)
 
@@ -95,7 +106,8 @@ def test_mlx_quantised_folder(tmp_path: Path, stack_experts: bool) -> None:
 def test_unclear_quantisation_is_refused(tmp_path: Path) -> None:
     packed, _ = quantised_folder(tmp_path, stack_experts=False)
     for change, match in (
-        ({"mode": "mxfp4", "group_size": 32, "bits": 4}, "other than affine"),
+        ({"mode": "nvfp4", "group_size": 16, "bits": 4}, "mode 'nvfp4'; supported are affine, mxfp4, mxfp8"),
+        ({"mode": "mxfp4", "group_size": 32, "bits": 4}, "groups of 32 and scales of kind U8"),
         ({}, "does not say how"),
         ({"group_size": 64, "bits": 4}, "config.json says 4 bits in groups of 64"),
     ):

@@ -91,6 +91,8 @@ def cases(folder: Path) -> Iterator[Case]:
             name = "MLX, overrides, " + ("experts stacked" if stacked else "experts apart")
             original_5 = write_folder(folder / f"five{stacked}", stored(weights(5)))
             yield Case(name, "4 bits, head 8", packed, values, original_5, "4 bits")
+        packed, values = layouts.quantised_folder(folder / "mxfp", stack_experts=True, mode="mxfp")
+        yield Case("MLX, overrides, experts stacked", "mxfp4, head mxfp8", packed, values, original_5, "FP4")
     source = write_folder(folder / "recipe-source", stored(tensors, "BF16"))
     shutil.copy(open_model("dsv4-nano").path / "tokenizer.json", source)
     convert(str(source), folder / "recipe")
