@@ -1,7 +1,8 @@
-"""Tensor names: those that transformers' own module tree has, as official DeepSeek names.
+"""Tensor names: those that transformers writes, as official DeepSeek names.
 
-`save_pretrained` writes either, depending on the version and its options. Under transformers' names routed experts are
-stacked, gate and up in one tensor (weights_safetensors cuts it in two).
+transformers' own module tree has names of its own, under which routed experts are stacked, gate and up in one tensor
+(weights_safetensors cuts it in two). `save_pretrained` of 5.24 translates most of them back, but not all: the top of
+the model keeps its own names, and an attention's `kv_norm` becomes `norm`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _LAYER = (
     ("self_attn.o_b_proj", "attn.wo_b"),
     ("input_layernorm", "attn_norm"),
     ("post_attention_layernorm", "ffn_norm"),
+    ("attn.norm", "attn.kv_norm"),
     ("attn_hc.", "hc_attn_"),
     ("ffn_hc.", "hc_ffn_"),
     ("mlp.gate.e_score_correction_bias", "ffn.gate.bias"),
@@ -50,22 +52,17 @@ _LAYER = (
 )
 
 
-def is_transformers_name(name: str) -> bool:
-    """Whether only transformers' own module tree has such a name."""
-    return ".self_attn." in name or name.startswith("lm_head.")
-
-
 def official_name(name: str) -> str:
-    """The official name of one of transformers' names; one that is not known stays as it is."""
+    """The official name of a tensor, without "model." in front; one that is not known stays as it is."""
     plain = name.removeprefix("model.")
     for old, new in _TOP.items():
         if plain == old or plain.startswith(f"{old}."):
             return new + plain[len(old) :]
     head, _, rest = plain.partition(".")
     if head != "layers":
-        return name
+        return plain
     layer, _, part = rest.partition(".")
     for old, new in _LAYER:
         if part.startswith(old):
             return f"layers.{layer}.{new}{part[len(old) :]}"
-    return name
+    return plain

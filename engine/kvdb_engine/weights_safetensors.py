@@ -31,7 +31,7 @@ from kvdb_engine.weights import (
     Tensor,
     release,
 )
-from kvdb_engine.weights_names import GATE_UP, is_transformers_name, official_name
+from kvdb_engine.weights_names import GATE_UP, official_name
 
 _MODES = {"affine": 0, "mxfp4": 4, "mxfp8": 8}  # of MLX's tools; those of one width have it here
 HEADER_LIMIT = 100 << 20  # the format's own limit for the JSON header
@@ -193,11 +193,7 @@ class SafetensorsSource:
             entries, mapped = read_file(path)
             self._entries.update(entries)
             self._maps.append(mapped)
-        if any(map(is_transformers_name, self._entries)):
-            self._entries = _split_gate_up({official_name(name): entry for name, entry in self._entries.items()})
-        # "model." in front is how some exports write the same names.
-        if not any(name.startswith("layers.") for name in self._entries):
-            self._entries = {name.removeprefix("model."): entry for name, entry in self._entries.items()}
+        self._entries = _split_gate_up({official_name(name): entry for name, entry in self._entries.items()})
 
     def kinds(self) -> dict[str, str]:
         """Stored kind of each tensor, by its name in the file."""

@@ -7,6 +7,8 @@ transformers rounds no rows, so rounding is off here; the rounding functions hav
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 from kvdb_engine import backend
+from kvdb_engine.catalog import open_model
 from kvdb_engine.config import from_hf
 from kvdb_engine.model import Model, empty_layers, load_weights
 from kvdb_engine.ops import Ops
@@ -93,3 +96,25 @@ def test_sections(name: str, backend_name: str, tmp_path: Path) -> None:
         best = np.sort(wanted["logits"], axis=1)
         sure = best[:, -1] - best[:, -2] > 1e-3
         assert (ours["logits"].argmax(1) == wanted["logits"].argmax(1))[sure].all()
+
+
+def test_a_folder_as_save_pretrained_writes_it(tmp_path: Path) -> None:
+    """Tensor names and config.json as transformers itself wrote them; the values are made again."""
+    saved = json.loads((FOLDER / "saved.json").read_text())
+    config = golden.from_hf(golden.case_config(saved["case"]))
+    top = {"embed.weight": "model.embed_tokens.weight", "head.weight": "head.weight"}
+    top |= {f"hc_head_{part}": f"model.hc_head.hc_{part}" for part in ("base", "fn", "scale")}
+    tensors = {
+        top.get(name, "model." + name.replace(".attn.kv_norm.", ".attn.norm.")): values
+        for name, values in weights(golden.case_seed(saved["case"]), config).items()
+    }
+    assert sorted(tensors) == saved["names"]
+    write_safetensors(tmp_path / "model.safetensors", stored(tensors))
+    (tmp_path / "config.json").write_text(json.dumps(saved["config"]))
+    shutil.copy(open_model("dsv4-nano").path / "tokenizer.json", tmp_path)
+    info, ops = open_model(str(tmp_path)), backend.select("numpy")
+    config = info.config.without_rounding()
+    model = Model(ops, config, load_weights(ops, config, info.open_weights()))
+    _, logits = model.forward(empty_layers(ops, config), golden.case_ids(saved["case"]), 0, every=True)
+    with np.load(FOLDER / f"{saved['case']}.npz") as file:
+        assert np.abs(logits - file["logits"]).max() < TOLERANCE

@@ -5,12 +5,13 @@
 For each configuration below: random weights (tests/engine/checkpoints.py makes the same ones again, so they are not
 stored), 302 random tokens in one forward pass, and of that the logits of every position and what the cache holds.
 transformers does not round rows, so the engine's rounding is switched off when it is compared. Versions used: see
-versions.json.
+versions.json. saved.json has what `save_pretrained` (5.24) calls the tensors of one case, and its config.json.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.engine.checkpoints import CONFIG, weights
 
 HERE = Path(__file__).parent
 N_TOKENS = 302
+SAVED = "all-kinds"  # the case of which the names and the config that save_pretrained writes are kept: saved.json
 YARN = {"factor": 16.0, "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1}
 # With few index heads exact ties at the top-k border are common (max(0, .) gives zeros), and transformers breaks them
 # by array length; from 16 heads on none occurs in these vectors.
@@ -138,6 +140,7 @@ def main() -> None:
     """Write one .npz per case."""
     import torch
     import transformers
+    from safetensors import safe_open
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, DynamicCache
 
     torch.manual_seed(0)
@@ -170,6 +173,18 @@ def main() -> None:
                 )
                 found[f"{part}.open_kv.{number}"] = layer.buffer_kv[part][0]
                 found[f"{part}.open_gate.{number}"] = layer.buffer_gate[part][0]
+        if name == SAVED:
+            with tempfile.TemporaryDirectory() as scratch:
+                model.save_pretrained(scratch)
+                (written,) = Path(scratch).glob("*.safetensors")
+                with safe_open(written, "np") as file:
+                    names = sorted(file.keys())
+                saved = {
+                    "case": name,
+                    "config": json.loads((Path(scratch) / "config.json").read_text()),
+                    "names": names,
+                }
+            (HERE / "saved.json").write_text(json.dumps(saved, indent=1) + "\n")
         np.savez_compressed(HERE / f"{name}.npz", **{k: np.asarray(v, np.float32) for k, v in found.items()})
         print(name, {k: v.shape for k, v in found.items()})
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
