@@ -3,7 +3,8 @@
 Pages that exist imply their ancestors, so the deepest stored page of a prompt is found by doubling steps and then a
 binary search over prefix hashes: the cost follows the length of the match, not of the prompt. From there upwards the
 first level at which some snapshot's tail continues the prompt holds the answer, since a tail is shorter than a page.
-Within a level table ENDS is ordered by tail length: one seek a distinct length, however many snapshots end there.
+Within a level table ENDS is ordered by tail length and hash: a step a distinct length, however many snapshots end
+there.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 import msgpack
 
 from kvdb.store.index import Table, Txn, from_end_key
-from kvdb_protocol.ids import extend_prefix, root_prefix
+from kvdb_protocol.ids import PREFIX_BYTES, extend_prefix, root_prefix
 from kvdb_protocol.layout import Layout
 
+_LENGTH = slice(PREFIX_BYTES, PREFIX_BYTES + 4)  # of the tail, in a key of table ENDS
 NO_MODEL = msgpack.packb([-1])
 
 
@@ -113,22 +115,30 @@ def _at_level(
 ) -> Match | None:
     """The longest match among the snapshots whose last full page has this prefix hash."""
     best: Match | None = None
+    wanted, n_wanted = b"", -1  # how the keys of matches begin among those of this tail length
     with txn.cursor(Table.ENDS) as cursor:
         found = cursor.set_range(prefix)
-        while found and cursor.key().startswith(prefix):
-            _, n_tail, _, _ = from_end_key(cursor.key())
+        while found and (key := cursor.key()).startswith(prefix):
+            n_tail = int.from_bytes(key[_LENGTH], "big")
             if 4 * n_tail > len(rest):
                 break
-            wanted = prefix + n_tail.to_bytes(4, "big") + extend_prefix(prefix, rest[: 4 * n_tail])
-            found = cursor.set_range(wanted)
-            while found and cursor.key().startswith(wanted):
-                snapshot_id = from_end_key(cursor.key())[3]
-                model = msgpack.unpackb(txn.opened(Table.ENDS, cursor.key(), cursor.value()) or NO_MODEL)[0]
+            is_first = n_tail != n_wanted
+            if is_first:
+                n_wanted, wanted = n_tail, key[: _LENGTH.stop] + extend_prefix(prefix, rest[: 4 * n_tail])
+            if key < wanted:
+                # Mostly one snapshot has this length: then the next key has another, and no search is needed.
+                found = cursor.next() if is_first else cursor.set_range(wanted)
+                continue
+            if key.startswith(wanted):
+                snapshot_id = from_end_key(key)[3]
+                model = msgpack.unpackb(txn.opened(Table.ENDS, key, cursor.value()) or NO_MODEL)[0]
                 longer = best is None or best.n_tokens < first + n_tail
                 if model in models and usable(snapshot_id) and (longer or model == own):
                     best = Match(snapshot_id, first + n_tail, model == own)
-                if best is not None and best.same_quant and best.n_tokens == first + n_tail:
-                    break
-                found = cursor.next()
-            found = cursor.set_range(prefix + (n_tail + 1).to_bytes(4, "big"))
+                if best is None or not best.same_quant or best.n_tokens < first + n_tail:
+                    found = cursor.next()
+                    continue
+            found = cursor.next()
+            if found and cursor.key().startswith(key[: _LENGTH.stop]):
+                found = cursor.set_range(prefix + (n_tail + 1).to_bytes(4, "big"))
     return best
