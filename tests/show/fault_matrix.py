@@ -32,6 +32,8 @@ from pathlib import Path
 import click
 import lmdb
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from kvdb import config
 from kvdb.backend import Backend
 from kvdb.net.service import Server

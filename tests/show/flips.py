@@ -33,6 +33,8 @@ import click
 from rich.console import Console
 from rich.table import Table as Printed
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from kvdb.containers import Fields, Members
 from kvdb.errors import KvdbError
 from kvdb.store.entries import Entry, EntryType, SessionValue

@@ -10,12 +10,16 @@ every sequence the directory is checked deeply. A difference is shrunk to the sh
 from __future__ import annotations
 
 import logging
+import sys
 import time
+from pathlib import Path
 
 import click
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from kvdb.store import compact, segments
 from tests.kvdb.store.test_machine import StoreMachine

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from kvdb.store import compact, segments
 from tests.kvdb.store.power import Verdict, run_load, try_states
