@@ -64,7 +64,9 @@ class BareClient:
         self.sock.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key))
         head = b""
         while not head.endswith(b"\n"):
-            head += self.sock.recv(1)
+            if not (byte := self.sock.recv(1)):
+                raise MissingError("the server closed the connection instead of answering")
+            head += byte
         if head != b"$%d\r\n" % n_bytes:
             raise MissingError(f"GET was answered with {head[:200]!r}")
         left, at = n_bytes + 2, 0
