@@ -186,14 +186,21 @@ class SafetensorsSource:
     def __init__(self, folder: Path, quantization: Mapping[str, Any] | None = None) -> None:
         """quantization: what config.json says under that name (MLX's form), if it does."""
         self.where = str(folder)
-        self._quantization = dict(quantization or {})
+        # Overrides are under a module's name in the file.
+        self._quantization = {
+            official_name(key) if isinstance(value, dict) else key: value for key, value in (quantization or {}).items()
+        }
         self._entries: dict[str, Entry] = {}
         self._maps: list[mmap.mmap] = []
         for path in weight_files(folder):
             entries, mapped = read_file(path)
             self._entries.update(entries)
             self._maps.append(mapped)
-        self._entries = _split_gate_up({official_name(name): entry for name, entry in self._entries.items()})
+        names = {official_name(name): name for name in self._entries}
+        if len(names) < len(self._entries):
+            twice = next(name for name in self._entries if names[official_name(name)] != name)
+            raise ModelError(f"{folder}: {twice} and {names[official_name(twice)]} are the same tensor")
+        self._entries = _split_gate_up({name: self._entries[old] for name, old in names.items()})
 
     def kinds(self) -> dict[str, str]:
         """Stored kind of each tensor, by its name in the file."""
@@ -234,14 +241,7 @@ class SafetensorsSource:
     def _quantised(self, name: str, entry: Entry) -> Tensor:
         """A matrix that MLX's tools quantised: codes in .weight, and .scales, in mode affine .biases too."""
         scales, biases = self._entries[f"{name}.scales"], self._entries.get(f"{name}.biases")
-        own = next(
-            (
-                self._quantization[key]
-                for key in (name, f"model.{name}")
-                if isinstance(self._quantization.get(key), dict)
-            ),
-            self._quantization,
-        )
+        own = self._quantization.get(name, self._quantization)
         mode, group_size, bits = own.get("mode", "affine"), own.get("group_size"), own.get("bits")
         if mode not in _MODES:
             raise ModelError(f"{self.where}: {name} is quantised in mode {mode!r}; supported are {', '.join(_MODES)}")

@@ -167,6 +167,10 @@ class Client(asyncio.Protocol):
             self._waiting = requests
             self._process()
 
+    def eof_received(self) -> None:
+        """The client says nothing more, and the transport closes now: what is answered goes out first."""
+        self.flush()
+
     def _keep_waiting(self, requests: list[Request], n_bytes: int) -> None:
         """Requests that came while earlier ones wait, or none yet; run them if that is possible now."""
         if self._closing:
@@ -463,7 +467,9 @@ class Client(asyncio.Protocol):
         self._out.append(data)
 
     def flush(self) -> None:
-        """Send what is ready; under `appendfsync always`, when it is durable."""
+        """Send what is ready; under `appendfsync always`, when it is durable. A large string under way goes first."""
+        if self._is_sending:
+            return
         if not self._pending_writes and not self._has_strings:
             self.send_now()
         elif self.task is None:

@@ -259,7 +259,12 @@ class Server:
     def _send_unsent(self) -> None:
         unsent, self._unsent = self._unsent, []
         for client in unsent:
-            client.send_now()
+            try:
+                # Meanwhile it may have been given what must be durable first, or a large string: not `send_now`.
+                client.flush()
+            except Exception:
+                log.exception("client %d (%s) closed: its replies could not be sent", client.id, client.peer)
+                client.abort()
 
     def refresh_users(self) -> None:
         """Users have changed: connections of users that are gone are closed, the others see their new rights."""

@@ -16,6 +16,7 @@ from kvdb_engine.fidelity import Vectors
 from kvdb_engine.weights import AffineTensor, CompactTensor, HostTensor, StackedTensor, regroup
 from kvdb_engine.weights_gguf import GgufSource, _affine_q4_k
 from kvdb_engine.weights_safetensors import SafetensorsSource
+from tests.engine.checkpoints import Stored, stored, write_safetensors
 from tests.engine.layouts import mlx_block_floats, quantised_folder
 from tests.engine.layouts import mlx_quantise as quantise
 
@@ -101,6 +102,24 @@ def test_mlx_quantised_folder(tmp_path: Path, stack_experts: bool, mode: str) ->
     assert logits(packed, "numpy").tobytes() == reference.tobytes()
     # On MLX the codes are multiplied as they are; rows round now and then to another code.
     assert np.corrcoef(logits(packed, "mlx-cpu"), reference)[0, 1] > 0.999
+
+
+def test_overrides_go_by_the_names_in_the_file(tmp_path: Path) -> None:
+    codes = quantise(RNG.standard_normal((6, 128)).astype(np.float32), 8, 64)
+    entries: Stored = {"lm_head.weight": ("U32", codes.codes.shape, codes.codes.tobytes())}
+    for part, data in (("scales", codes.scales), ("biases", codes.biases)):
+        entries[f"lm_head.{part}"] = ("F32", data.shape, data.tobytes())
+    write_safetensors(tmp_path / "m.safetensors", entries)
+    source = SafetensorsSource(tmp_path, {"group_size": 32, "bits": 4, "lm_head": {"group_size": 64, "bits": 8}})
+    found = source.find("head")
+    assert found is not None and np.array_equal(found.dense(), codes.dense())
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    values = np.zeros((2, 2), np.float32)
+    write_safetensors(tmp_path / "m.safetensors", stored({"head.weight": values, "lm_head.weight": values}))
+    with pytest.raises(ModelError, match=r"head\.weight and lm_head\.weight are the same tensor"):
+        SafetensorsSource(tmp_path)
 
 
 def test_unclear_quantisation_is_refused(tmp_path: Path) -> None:
