@@ -7,7 +7,8 @@ Such an interpreter, on a machine without a GPU (lmcache's wheel asks for CUDA p
     lm/bin/pip install aiofile aiofiles aiohttp blake3 cachetools cryptography fastapi httptools httpx msgspec numba \\
         nvtx prometheus_client 'opentelemetry-api<=1.40.0' opentelemetry-sdk \\
         'opentelemetry-exporter-prometheus<=0.61b0' \\
-        psutil py-cpuinfo pyyaml pyzmq redis requests safetensors sortedcontainers transformers uvicorn valkey-glide-sync
+        psutil py-cpuinfo pyyaml pyzmq redis requests safetensors sortedcontainers transformers uvicorn \\
+        valkey-glide-sync
     KVDB_LMCACHE_PYTHON=lm/bin/python pytest tests/clients/test_lmcache.py -s
 """
 
