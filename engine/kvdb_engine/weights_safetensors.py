@@ -247,17 +247,16 @@ class SafetensorsSource:
             raise ModelError(f"{self.where}: {name} is quantised in mode {mode!r}; supported are {', '.join(_MODES)}")
         if not isinstance(group_size, int) or not isinstance(bits, int):
             raise ModelError(f"{self.where}: config.json does not say how {name} is quantised (group_size, bits)")
-        if mode == "affine" and biases is None:
-            raise ModelError(f"{self.where}: tensor {name}.biases is missing")
         inner = entry.shape[-1] * 32 // bits
-        same = [scales] if biases is None or mode != "affine" else [scales, biases]
-        if any(part.shape != (*entry.shape[:-1], inner // group_size) for part in same):
+        shape = (*entry.shape[:-1], inner // group_size)
+        if scales.shape != shape or (biases is not None and biases.shape != shape):
             raise ModelError(
                 f"{self.where}: {name} has codes {entry.shape} and scales {scales.shape}; config.json says "
                 f"{bits} bits in groups of {group_size}"
             )
         if mode == "affine":
-            assert biases is not None
+            if biases is None:
+                raise ModelError(f"{self.where}: tensor {name}.biases is missing")
             return AffineTensor(AffineCodes(entry.values, scales.dense(), biases.dense(), group_size, bits))
         if (group_size, bits, scales.kind) != (32, _MODES[mode], "U8"):
             raise ModelError(f"{self.where}: {name} is not {mode}: it has groups of 32 and scales of kind U8")

@@ -1,9 +1,10 @@
 """One connection: what it has said, what it may do, what waits to be sent.
 
-Bytes go to the parser, requests to the command table, the replies of one read to the transport in one write. A handler
-that returns a coroutine runs as this client's task; until it is done the client's further requests wait. They also wait
-while the client does not read its replies: at most one reply beyond the write buffer's limit is held in memory for it,
-and its socket is not read any further. Invariant: replies are sent in the order of the requests.
+Bytes go to the parser, requests to the command table, the replies of one turn of the loop to the transport in one
+write, after all clients' requests of that turn are run (Server.send_soon). A handler that returns a coroutine runs as
+this client's task; until it is done the client's further requests wait. They also wait while the client does not read
+its replies: at most one reply beyond the write buffer's limit is held in memory for it, and its socket is not read any
+further. Invariant: replies are sent in the order of the requests.
 """
 
 from __future__ import annotations

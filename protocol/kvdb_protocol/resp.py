@@ -88,7 +88,6 @@ class RequestParser:
         "_bulk",
         "_bulk_at",
         "_bulk_left",
-        "_is_between",
         "_lines",
         "_missing",
         "_request",
@@ -105,7 +104,6 @@ class RequestParser:
         self.error: RequestError | None = None
         self._lines = bytearray()  # received, not yet understood
         self._request: Request | None = None  # arguments of the request being read, None between requests
-        self._is_between = True  # requests: nothing of one is waiting for more
         self._missing = 0  # bulk strings that are still to come
         self._bulk_left = -1  # bytes of the current bulk string and its CRLF still to come, -1: header not read
         self._bulk: list[bytes] | None = None  # pieces of a large bulk string, joined once
@@ -121,12 +119,12 @@ class RequestParser:
 
     def feed(self, data: bytes) -> list[Request]:
         """Add received bytes and return the requests that are now complete; empty requests are left out."""
-        if self._is_between and self.authenticated:
+        if self.error is not None:
+            return []
+        if self._request is None and not self._lines and self.authenticated:
             requests, data = _parse_batch(data)
             if not data:
                 return requests
-        elif self.error is not None:
-            return []
         else:
             requests = []
         try:
@@ -135,7 +133,6 @@ class RequestParser:
             self.error = error
             self._lines.clear()
             self._bulk = self._sink = None
-        self._is_between = self._request is None and not self._lines and self.error is None
         return requests
 
     def _parse(self, data: bytes, requests: list[Request]) -> None:

@@ -134,3 +134,6 @@ def test_unclear_quantisation_is_refused(tmp_path: Path) -> None:
             SafetensorsSource(packed, change).find("layers.1.attn.wkv")
     config = json.loads((packed / "config.json").read_text())
     assert config["quantization"]["bits"] == 4
+    floats, _ = quantised_folder(tmp_path / "mxfp", stack_experts=False, mode="mxfp")
+    with pytest.raises(ModelError, match=r"tensor layers\.1\.attn\.wkv\.biases is missing"):
+        SafetensorsSource(floats, {"group_size": 32, "bits": 4}).find("layers.1.attn.wkv")

@@ -12,12 +12,15 @@ from click.testing import CliRunner
 from kvdb_protocol.dsv4 import encode_payload
 from kvdb_protocol.layout import Codec, Layout
 from kvdb_tools.bench import flash, main
+from kvdb_tools.bench.bare_server import BareServer
 from kvdb_tools.bench.commands import _measure
 from kvdb_tools.bench.main import TERMINATED, cell_text
 from kvdb_tools.bench.plot import draw
 from kvdb_tools.bench.registry import SCENARIOS
 from kvdb_tools.bench.scenario import Bars, Curve, Curves, MissingError, Result, Scenario, Settings
 from kvdb_tools.bench.session50 import unique_bytes, whole_state
+from kvdb_tools.cli.connection import Connection
+from kvdb_tools.cli.reply import Status
 
 # The geometry of DeepSeek V4 Flash.
 FLASH = Layout(
@@ -160,3 +163,13 @@ def test_a_bench_that_is_terminated_leaves_no_daemon() -> None:
         bench.terminate()
         assert bench.wait(30) == TERMINATED
     assert not any(Path(f"/proc/{pid}").exists() for pid in (*children, *workers))
+
+
+def test_the_bare_server_answers_what_is_measured() -> None:
+    with BareServer() as server, Connection(server.target) as connection:
+        assert connection.call("PING") == Status("PONG")
+        assert connection.call("SET", "k", "abc") == Status("OK")
+        assert connection.call("GET", "k") == b"abc" and connection.call("GET", "none") is None
+        assert [connection.call("HSET", "h", "f", "1") for _ in range(2)] == [1, 0]
+        process = server._process
+    assert process.poll() is not None

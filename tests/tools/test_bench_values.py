@@ -35,4 +35,7 @@ def test_errors_are_noticed(tmp_path: Path) -> None:
             client.set(b"k", 1 << 20)
         with pytest.raises(MissingError, match=r"GET was answered with b'\$-1"):
             client.get(b"k", 5)
+        daemon.kill()
+        with pytest.raises(MissingError, match="closed the connection"):
+            client.get(b"k", 5)
         client.close()

@@ -164,6 +164,18 @@ def wire(daemon: Daemon) -> Iterator[Wire]:
 
 
 @pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate that vouches for itself, `crt`, and its `key`."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command = [*new, "-days", "2", "-keyout", "key", "-out", "crt", "-subj", "/CN=server"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def redis_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A real redis-server, or the test is skipped."""
     program = shutil.which("redis-server")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -135,15 +133,10 @@ def test_replies_as_in_redis(redis_daemon: Daemon, daemon: Daemon) -> None:
         assert ours(*row) == theirs(*row), row[:2]
 
 
-def test_through_tls(start: StartDaemon, tmp_path: Path) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    command = [*new, "-days", "2", "-keyout", "key", "-out", "crt", "-subj", "/CN=server"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+def test_through_tls(start: StartDaemon, certificate: Path) -> None:
     port = free_port()
-    start(tls_port=port, tls_auth_clients="no", tls_cert_file=tmp_path / "crt", tls_key_file=tmp_path / "key")
-    context = ssl.create_default_context(cafile=str(tmp_path / "crt"))
+    start(tls_port=port, tls_auth_clients="no", tls_cert_file=certificate / "crt", tls_key_file=certificate / "key")
+    context = ssl.create_default_context(cafile=str(certificate / "crt"))
     context.check_hostname = False
     wire = Wire.__new__(Wire)
     wire.sock = context.wrap_socket(socket.create_connection(("127.0.0.1", port), timeout=10))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -19,8 +18,7 @@ from kvdb.backend import Backend
 from kvdb.errors import KvdbError
 from kvdb.net.client import Client
 from kvdb.net.service import Server
-from kvdb_tools.daemon import Daemon, free_port
-from server.conftest import request
+from server.conftest import StartDaemon, free_port, request
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 LARGE = 2_000_000
@@ -115,37 +113,17 @@ async def test_one_whose_replies_cannot_be_sent_holds_up_nobody(
     assert await read(streams) == b"" and streams[0].at_eof()
 
 
-async def test_a_request_with_the_end_of_the_stream_behind_it(server: Server, tmp_path: Path) -> None:
+async def test_a_request_with_the_end_of_the_stream_behind_it(server: Server) -> None:
     streams, client = await connect(server)
     await in_one_turn(lambda: client.data_received(request("PING")), client.eof_received, client.transport.close)  # type: ignore[union-attr]
     assert await read(streams) == b"+PONG\r\n"
 
 
-async def test_the_same_over_tls(tmp_path: Path) -> None:
+def test_the_same_over_tls(start: StartDaemon, certificate: Path) -> None:
     """Request and close_notify in one segment: uvloop closes a TLS transport in the very call that delivers both."""
-    make = "openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -x509 -days 2 -subj /CN=x"
-    make += " -keyout key -out crt"
-    subprocess.run(make.split(), cwd=tmp_path, check=True, capture_output=True)
-    with Tls(tmp_path) as port:
-        assert await asyncio.to_thread(ask_and_close, port, request("PING")) == b"+PONG\r\n"
-
-
-class Tls:
-    """A daemon of one's own that speaks TLS, since only uvloop's transports behave so."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> int:
-        port = free_port()
-        options = {"tls-port": str(port), "tls-cert-file": str(self.folder / "crt"), "model": ""}
-        options |= {"tls-key-file": str(self.folder / "key"), "tls-auth-clients": "no"}
-        self.daemon = Daemon(self.folder / "data", options)
-        self.daemon.start()
-        return port
-
-    def __exit__(self, *_: object) -> None:
-        self.daemon.stop()
+    port = free_port()
+    start(tls_port=port, tls_auth_clients="no", tls_cert_file=certificate / "crt", tls_key_file=certificate / "key")
+    assert ask_and_close(port, request("PING")) == b"+PONG\r\n"
 
 
 def ask_and_close(port: int, data: bytes) -> bytes:

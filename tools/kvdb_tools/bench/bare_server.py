@@ -8,19 +8,15 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import time
 from types import TracebackType
 from typing import cast
 
 import hiredis
 import uvloop
 
-from kvdb_tools.bench.scenario import MissingError
-from kvdb_tools.cli.connection import Connection, Target
-from kvdb_tools.cli.reply import Status
+from kvdb_tools.bench.redis_server import wait_for_pong
+from kvdb_tools.cli.connection import Target
 from kvdb_tools.daemon import free_port
-
-START_TIMEOUT_S = 20.0
 
 
 class _Protocol(asyncio.Protocol):
@@ -62,16 +58,12 @@ class BareServer:
     def __enter__(self) -> BareServer:
         command = [sys.executable, "-P", "-m", "kvdb_tools.bench.bare_server", str(self.target.port)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        began = time.perf_counter()
-        while time.perf_counter() - began < START_TIMEOUT_S:
-            try:
-                with Connection(self.target, timeout=5) as connection:
-                    if connection.call("PING") == Status("PONG"):
-                        return self
-            except OSError:
-                time.sleep(0.01)
-        self.__exit__(None, None, None)
-        raise MissingError("the bare server did not start")
+        try:
+            wait_for_pong(self.target, "the bare server")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._process.kill()

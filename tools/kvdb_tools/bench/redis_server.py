@@ -24,6 +24,19 @@ def need(program: str) -> str:
     return found
 
 
+def wait_for_pong(target: Target, name: str) -> None:
+    """Return once a server that was just started answers. Raises MissingError."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < START_TIMEOUT_S:
+        try:
+            with Connection(target, timeout=5) as connection:
+                if connection.call("PING") == Status("PONG"):
+                    return
+        except OSError:
+            time.sleep(0.01)
+    raise MissingError(f"{name} did not start")
+
+
 class RedisServer:
     """Runs in a `with` statement, in a directory, with the append-only file synced as asked."""
 
@@ -41,22 +54,11 @@ class RedisServer:
         command += ["--bind", "127.0.0.1", "--appendonly", "yes", "--appendfsync", self._appendfsync]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            self._wait()
+            wait_for_pong(self.target, "redis-server")
         except BaseException:
             self._end()
             raise
         return self
-
-    def _wait(self) -> None:
-        began = time.perf_counter()
-        while time.perf_counter() - began < START_TIMEOUT_S:
-            try:
-                with Connection(self.target, timeout=5) as connection:
-                    if connection.call("PING") == Status("PONG"):
-                        return
-            except OSError:
-                time.sleep(0.01)
-        raise MissingError("redis-server did not start")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._end()
