@@ -74,11 +74,12 @@ class Fields(dict[bytes, bytes]):
 
     def add(self, field: bytes, value: bytes) -> bool:
         """Set a field; whether it is new."""
-        is_new = field not in self
+        before = len(self)
         self[field] = value
-        if is_new:
-            self._order.add(field)
-        return is_new
+        if len(self) == before:
+            return False
+        self._order.add(field)
+        return True
 
     def scan(self, cursor: int, count: int) -> tuple[int, list[bytes]]:
         """Some fields and the next cursor."""

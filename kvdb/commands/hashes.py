@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from kvdb.commands.access import changed
 from kvdb.commands.keys import parse_cursor, parse_scan_options
 from kvdb.commands.members import for_writing, read, store
 from kvdb.commands.numbers import add_decimals, check_decimal
@@ -26,13 +25,15 @@ _MAX_REPEATS = 10_000_000  # a negative count may ask for any number of repeats:
 def hset(client: Client, args: list[bytes]) -> Reply:
     """How many fields are new."""
     if len(args) == 3:
-        keyspace = client.server.keyspace
+        server = client.server
+        keyspace = server.keyspace
         entry = keyspace.get(client.db, args[0])
         if entry is not None and type(fields := entry[2]) is Fields and fields.round == keyspace.round:
             # Written in this round already: the object in the active layer is ours to change where it is.
             is_new = fields.add(args[1], args[2])
-            changed(client, args[0], "hset", "h")
-            return int(is_new)
+            if server.observers.is_active:
+                server.observers.changed(client.db, args[0], "hset", "h")
+            return 1 if is_new else 0
     return _set_all(client, args, "hset")
 
 

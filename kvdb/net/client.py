@@ -38,10 +38,9 @@ if TYPE_CHECKING:
     from kvdb.net.service import Server
 
 log = logging.getLogger("kvdb")
+_clock = time.perf_counter
 
-# The transport asks us to stop above this. A little less than a piece of a large string (PIECE_BYTES): uvloop then
-# hands each piece to the kernel at once instead of at the end of the loop's turn.
-_WRITE_BUFFER_BYTES = 256 * 1024 - 1
+_TLS_BUFFER_BYTES = 256 * 1024
 _BATCH_BYTES = 128 * 1024  # replies of one batch that are joined before they go to the transport
 _BATCH_REQUESTS = 64  # how many a batch handler is shown at once
 _WAITING_BYTES = 64 * 1024  # received while an earlier request waits; above this the socket is not read
@@ -49,6 +48,63 @@ _WAITING_BYTES = 64 * 1024  # received while an earlier request waits; above thi
 
 class Client(asyncio.Protocol):
     """A client and its connection. Handlers get it as their first argument."""
+
+    __slots__ = (
+        "_close_wanted",
+        "_closing",
+        "_commands",
+        "_drained",
+        "_has_strings",
+        "_held",
+        "_is_pipelining",
+        "_is_receiving_paused",
+        "_is_sending",
+        "_next",
+        "_out",
+        "_pending_writes",
+        "_read_paused",
+        "_running",
+        "_stopped",
+        "_waiting",
+        "_waiting_bytes",
+        "_write_paused",
+        "authenticated",
+        "cancelled",
+        "channels",
+        "created",
+        "db",
+        "fd",
+        "gated",
+        "id",
+        "input_bytes",
+        "is_monitor",
+        "last_bound",
+        "last_used",
+        "lib_name",
+        "lib_ver",
+        "listener",
+        "local",
+        "name",
+        "no_evict",
+        "no_touch",
+        "output_bytes",
+        "over_soft_since",
+        "parser",
+        "patterns",
+        "peer",
+        "receipts",
+        "replies",
+        "resp",
+        "server",
+        "skip_replies",
+        "task",
+        "transaction",
+        "transport",
+        "unwritten",
+        "user",
+        "watch_broken",
+        "watched",
+    )
 
     def __init__(self, server: Server, listener: str = "tcp") -> None:
         self.server = server
@@ -58,7 +114,7 @@ class Client(asyncio.Protocol):
         self.peer = self.local = ""
         self.created = self.last_used = server.now
         self.parser = RequestParser()
-        self.transport: asyncio.Transport | None = None
+        self.transport: asyncio.Transport  # from connection_made on
         self.task: asyncio.Task[None] | None = None
         self.cancelled = False
         self.last_bound: Bound | None = None
@@ -76,6 +132,7 @@ class Client(asyncio.Protocol):
         self._out: list[bytes] = []
         self._pending_writes: list[int] = []  # places in `_out` of replies to writes that are not durable yet
         self._running = False
+        self._is_pipelining = False  # its last bytes were several requests
         self._write_paused = False
         self._read_paused = False
         self._held = False  # CLIENT PAUSE holds the next request
@@ -122,7 +179,11 @@ class Client(asyncio.Protocol):
         """Take the connection, or turn it away."""
         transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses of it
         self.transport = transport
-        transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
+        # What the kernel does not take at once is reason to stop. And uvloop hands over at once what passes the limit;
+        # the rest it collects until the end of the loop's turn, which takes longer and gains nothing here. With TLS it
+        # would not go on after a limit of 0.
+        is_plain = transport.get_extra_info("ssl_object") is None
+        transport.set_write_buffer_limits(high=0 if is_plain else _TLS_BUFFER_BYTES)
         sock = transport.get_extra_info("socket")
         self.fd = sock.fileno() if sock is not None else -1
         self.local = _address(transport.get_extra_info("sockname"))
@@ -160,8 +221,27 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Parse, run, reply."""
         self.input_bytes += len(data)
-        self.last_used = self.server.now
+        server = self.server
+        self.last_used = server.now
+        # Most often it is one plain request while nothing else is to be done.
+        if not (self._is_pipelining or self._stopped or self._held or self._waiting or self.gated or server.gated):
+            request = self.parser.feed_one(data)
+            if request is not None:
+                bound = self._commands.get(request[0])
+                if bound is not None and len(request) in bound.lengths:
+                    self._running = True
+                    self._run(bound, request)
+                    self._running = False
+                    if self.task is not None:
+                        return
+                    self.last_bound = bound
+                    if self._stopped or self._pending_writes or self._has_strings:
+                        self._settle()
+                    else:
+                        server.send_soon(self)
+                    return
         requests = self.parser.feed(data)
+        self._is_pipelining = len(requests) > 1
         if self._stopped or self._held or self._waiting or not requests:
             self._keep_waiting(requests, len(data))
         else:
@@ -185,7 +265,7 @@ class Client(asyncio.Protocol):
             self._process()
             return
         self._waiting_bytes += n_bytes
-        if self._waiting_bytes > _WAITING_BYTES and not self._read_paused and self.transport is not None:
+        if self._waiting_bytes > _WAITING_BYTES and not self._read_paused:
             self._read_paused = True
             self.transport.pause_reading()
 
@@ -197,20 +277,16 @@ class Client(asyncio.Protocol):
         commands = self._commands
         waiting = self._waiting
         out = self._out
-        clock = time.perf_counter
         n_waiting = len(waiting)
         at = self._next
         self._running = True
         self._held = False
-        bound: Bound | None = None
         out_bytes = 0
-        began = clock()
         while at < n_waiting and not self._stopped:
             request = waiting[at]
             bound = commands.get(request[0])
             at += 1
             if bound is None or self.gated or server.gated or len(request) not in bound.lengths:
-                is_plain = False
                 if server.gated and dispatch.is_held(self, request):
                     at -= 1
                     self._held = True
@@ -219,83 +295,83 @@ class Client(asyncio.Protocol):
                 if bound is None:
                     self.add_reply(encoded)
                     self._mute_last()
-                    began = clock()
                     continue
+                out_bytes += self._run(bound, request)
+                if self.task is None:
+                    self._mute_last()
+            elif at < n_waiting and bound.batch_fn is not None and (replies := self._run_batch(bound, at - 1)):
+                at += len(replies) - 1
+                out += replies
+                out_bytes += sum(map(len, replies))
             else:
-                is_plain = True
-                if at < n_waiting and bound.batch_fn is not None:
-                    replies = bound.batch_fn(self, waiting[at - 1 : at - 1 + _BATCH_REQUESTS])
-                    if replies:
-                        at += len(replies) - 1
-                        ended = clock()
-                        bound.calls += len(replies)
-                        bound.seconds += ended - began
-                        began = ended
-                        out += replies
-                        out_bytes += sum(map(len, replies))
-                        if out_bytes > _BATCH_BYTES:
-                            self.flush()
-                            out_bytes = 0
-                        continue
-            try:
-                reply: Any = bound.fn(self, request[bound.n_names :])  # type: ignore[misc]
-                kind = type(reply)
-                if kind is bytes:
-                    n_bytes = len(reply)
-                    if n_bytes < SHORT_BYTES:
-                        encoded = b"".join((BULK_HEADERS[n_bytes], reply, b"\r\n"))
-                    elif n_bytes > _BATCH_BYTES and is_plain and not bound.is_write:
-                        # Sent from where it is: joining it with its frame would be one more copy.
-                        self.add_reply(b"$%d\r\n" % n_bytes)
-                        self.add_reply(reply)
-                        out_bytes += n_bytes
-                        encoded = b"\r\n"
-                    else:
-                        encoded = b"$%d\r\n%b\r\n" % (n_bytes, reply)
-                elif kind is Encoded:
-                    encoded = reply.data
-                elif kind is int:
-                    encoded = b":%d\r\n" % reply
-                elif kind is StringRef or kind is HeldString:
-                    encoded = bulk.encode_string(self, reply)  # type: ignore[assignment]
-                    self._has_strings |= type(encoded) is not bytes
-                elif kind is bulk.Pieces:
-                    encoded = reply
-                    self._has_strings = True
-                elif inspect.isawaitable(reply):
-                    task = self._run_task(self._finish(bound, request, reply, began))
-                    if inspect.iscoroutine(reply):
-                        # A task that is cancelled before it begins would never await it.
-                        task.add_done_callback(partial(_close, reply))
-                    break
-                else:
-                    encoded = encode(reply, self.resp)
-            except Exception as error:
-                encoded = dispatch.error_reply(self, bound, error)
-            ended = clock()
-            took = ended - began
-            began = ended
-            bound.calls += 1
-            bound.seconds += took
-            if took >= server.slow_seconds:
-                server.note_slow(self, request, took)
-            if bound.is_write and server.durable_writes:
-                self._pending_writes.append(len(out))
-            out.append(encoded)
-            out_bytes += len(encoded)
-            if not is_plain:
+                out_bytes += self._run(bound, request)
+            if self.task is None:
                 self.last_bound = bound
-                self._mute_last()
             if out_bytes > _BATCH_BYTES:
                 self.flush()
                 out_bytes = 0
-        else:
-            if bound is not None:
-                self.last_bound = bound
         self._next = at
         self._running = False
         if self.task is None:
             self._settle()
+
+    def _run_batch(self, bound: Bound, first: int) -> list[bytes]:
+        """Run as many of the waiting requests from `first` on as the batch handler takes; their replies."""
+        began = _clock()
+        replies = bound.batch_fn(self, self._waiting[first : first + _BATCH_REQUESTS])  # type: ignore[misc]
+        bound.calls += len(replies)
+        bound.seconds += _clock() - began
+        return replies
+
+    def _run(self, bound: Bound, request: Request) -> int:
+        """Run a command and gather its reply, of so many bytes; or it becomes this client's task."""
+        began = _clock()
+        more_bytes = 0
+        try:
+            reply: Any = bound.fn(self, request[bound.n_names :])  # type: ignore[misc]
+            kind = type(reply)
+            if kind is Encoded:
+                encoded = reply.data
+            elif kind is bytes:
+                n_bytes = len(reply)
+                if n_bytes < SHORT_BYTES:
+                    encoded = b"".join((BULK_HEADERS[n_bytes], reply, b"\r\n"))
+                elif n_bytes > _BATCH_BYTES and not (self.gated or bound.is_write):
+                    # Sent from where it is: joining it with its frame would be one more copy.
+                    self.add_reply(b"$%d\r\n" % n_bytes)
+                    self.add_reply(reply)
+                    more_bytes = n_bytes
+                    encoded = b"\r\n"
+                else:
+                    encoded = b"$%d\r\n%b\r\n" % (n_bytes, reply)
+            elif kind is int:
+                encoded = b":%d\r\n" % reply
+            elif kind is StringRef or kind is HeldString:
+                encoded = bulk.encode_string(self, reply)
+                self._has_strings |= type(encoded) is not bytes
+            elif kind is bulk.Pieces:
+                encoded = reply
+                self._has_strings = True
+            elif inspect.isawaitable(reply):
+                task = self._run_task(self._finish(bound, request, reply, began))
+                if inspect.iscoroutine(reply):
+                    # A task that is cancelled before it begins would never await it.
+                    task.add_done_callback(partial(_close, reply))
+                return 0
+            else:
+                encoded = encode(reply, self.resp)
+        except Exception as error:
+            encoded = dispatch.error_reply(self, bound, error)
+        took = _clock() - began
+        bound.calls += 1
+        bound.seconds += took
+        server = self.server
+        if took >= server.slow_seconds:
+            server.note_slow(self, request, took)
+        if server.durable_writes and bound.is_write:
+            self._pending_writes.append(len(self._out))
+        self._out.append(encoded)
+        return len(encoded) + more_bytes
 
     def _run_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self.task = self.server.loop.create_task(work)
@@ -334,7 +410,7 @@ class Client(asyncio.Protocol):
     def _settle_rest(self) -> None:
         if self._close_wanted and self.task is None:
             self.close()
-        if self._waiting or self.task is not None or self._write_paused or self.transport is None:
+        if self._waiting or self.task is not None or self._write_paused:
             return
         if self.parser.error is not None and not self._closing:
             self.add_reply(encode_error(f"ERR Protocol error: {self.parser.error}"))
@@ -347,7 +423,7 @@ class Client(asyncio.Protocol):
     def pause_receiving(self) -> None:
         """A large argument comes faster than it is written."""
         self._is_receiving_paused = True
-        if not self._read_paused and self.transport is not None:
+        if not self._read_paused:
             self._read_paused = True
             self.transport.pause_reading()
 
@@ -384,7 +460,7 @@ class Client(asyncio.Protocol):
                 self.server.note_slow(self, request, took)
             self.add_reply(encoded)
             self._mute_last()
-            self.send_now()
+            self.flush()
         except asyncio.CancelledError:
             self.task = None
             raise
@@ -405,7 +481,7 @@ class Client(asyncio.Protocol):
         if self._pending_writes:
             await self._make_durable()
         if not self._has_strings:
-            self.send_now()
+            self.flush()
             return
         out: list[bytes | bulk.Pieces] = [*self._out]
         self._out.clear()
@@ -423,13 +499,13 @@ class Client(asyncio.Protocol):
     def write(self, data: bytes | memoryview) -> None:
         """Hand encoded bytes to the transport, ahead of what is gathered: from within `_send_all`."""
         self.output_bytes += len(data)
-        if self.transport is not None and not self.transport.is_closing():
+        if not self._closing:
             self.transport.write(data)
 
     @property
     def has_unsent(self) -> bool:
         """Whether the transport still holds something of what it was given."""
-        return self.transport is not None and self.transport.get_write_buffer_size() > 0
+        return self.transport.get_write_buffer_size() > 0
 
     async def drained(self) -> None:
         """Wait until the client has read enough for more to be written."""
@@ -469,29 +545,23 @@ class Client(asyncio.Protocol):
 
     def flush(self) -> None:
         """Send what is ready; under `appendfsync always`, when it is durable. A large string under way goes first."""
-        if self._is_sending:
+        if self._pending_writes or self._has_strings or self._is_sending:
+            if self.task is None and not self._is_sending:
+                self._run_task(self._hold())
             return
-        if not self._pending_writes and not self._has_strings:
-            self.send_now()
-        elif self.task is None:
-            self._run_task(self._hold())
-
-    def send_now(self) -> None:
-        """Hand everything gathered to the transport."""
         out = self._out
-        if not out:
-            return
-        n_bytes = len(out[0]) if len(out) == 1 else sum(map(len, out))
-        self.output_bytes += n_bytes
-        transport = self.transport
-        if transport is not None and not transport.is_closing():
-            if len(out) == 1:
-                transport.write(out[0])
-            elif n_bytes > _BATCH_BYTES:
-                transport.writelines(out.copy())
-            else:
-                transport.write(b"".join(out))
-        out.clear()
+        if len(out) == 1:
+            data = out.pop()
+            self.output_bytes += len(data)
+            if not self._closing:
+                self.transport.write(data)
+        elif sum(map(len, out)) > _BATCH_BYTES:
+            for data in out:
+                self.write(data)
+            out.clear()
+        elif out:
+            self.write(b"".join(out))
+            out.clear()
 
     def push(self, kind: str, *items: Reply) -> None:
         """Send an out-of-band message: a push frame in RESP3, a plain array in RESP2."""
@@ -503,14 +573,13 @@ class Client(asyncio.Protocol):
             return
         self.add_reply(data)
         if not (self._running or self._pending_writes or self._has_strings or self._is_sending):
-            self.send_now()
+            self.flush()
             self.server.check_output(self)
 
     @property
     def output_buffer_bytes(self) -> int:
         """Bytes that wait to be sent."""
-        waiting = self.transport.get_write_buffer_size() if self.transport is not None else 0
-        return sum(map(len, self._out)) + waiting
+        return sum(map(len, self._out)) + self.transport.get_write_buffer_size()
 
     @property
     def is_subscriber(self) -> bool:
@@ -524,13 +593,13 @@ class Client(asyncio.Protocol):
 
     def close(self) -> None:
         """Close after what is gathered has been sent. Replies to writes that are not durable are never sent."""
-        if self._closing or self.transport is None:
+        if self._closing:
             return
         if self._pending_writes or self._has_strings:
             self.abort()
             return
+        self.flush()
         self._closing = self._stopped = True
-        self.send_now()
         self.transport.close()
 
     def close_after_reply(self) -> None:
@@ -542,8 +611,7 @@ class Client(asyncio.Protocol):
     def abort(self) -> None:
         """Close now; what waits is dropped."""
         self._closing = self._stopped = True
-        if self.transport is not None:
-            self.transport.abort()
+        self.transport.abort()
 
 
 def _close(work: Coroutine[Any, Any, Any], _task: object) -> None:

@@ -260,7 +260,6 @@ class Server:
         unsent, self._unsent = self._unsent, []
         for client in unsent:
             try:
-                # Meanwhile it may have been given what must be durable first, or a large string: not `send_now`.
                 client.flush()
             except Exception:
                 log.exception("client %d (%s) closed: its replies could not be sent", client.id, client.peer)

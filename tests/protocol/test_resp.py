@@ -34,7 +34,10 @@ def pack(*words: bytes) -> bytes:
 def outcome(pieces: list[bytes], **options: object) -> tuple[list[list[bytes]], str | None]:
     """All requests, and the error's text, after feeding the pieces."""
     parser = RequestParser(**options)  # type: ignore[arg-type]
-    requests = [request for piece in pieces for request in parser.feed(piece)]
+    requests = []
+    for piece in pieces:
+        one = parser.feed_one(piece)
+        requests += [one] if one is not None else parser.feed(piece)
     return requests, str(parser.error) if parser.error else None
 
 

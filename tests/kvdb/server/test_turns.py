@@ -10,6 +10,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -98,16 +99,20 @@ async def test_a_large_string_and_what_comes_before_it(server: Server) -> None:
     assert await asyncio.wait_for(streams[0].readexactly(len(wanted)), 5) == wanted
 
 
-async def test_one_whose_replies_cannot_be_sent_holds_up_nobody(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_one_whose_replies_cannot_be_sent_holds_up_nobody(server: Server) -> None:
     streams, client = await connect(server)
     other, neighbour = await connect(server)
 
-    def broken() -> None:
-        raise RuntimeError("broken")
+    class Broken:
+        """A transport whose write fails."""
 
-    monkeypatch.setattr(client, "send_now", broken)
+        def write(self, data: bytes) -> None:
+            raise RuntimeError("broken")
+
+        def abort(self) -> None:
+            transport.abort()
+
+    transport, client.transport = client.transport, cast(Any, Broken())
     await in_one_turn(lambda: client.data_received(request("PING")), lambda: neighbour.data_received(request("PING")))
     assert await read(other) == b"+PONG\r\n"
     assert await read(streams) == b"" and streams[0].at_eof()
@@ -115,7 +120,7 @@ async def test_one_whose_replies_cannot_be_sent_holds_up_nobody(
 
 async def test_a_request_with_the_end_of_the_stream_behind_it(server: Server) -> None:
     streams, client = await connect(server)
-    await in_one_turn(lambda: client.data_received(request("PING")), client.eof_received, client.transport.close)  # type: ignore[union-attr]
+    await in_one_turn(lambda: client.data_received(request("PING")), client.eof_received, client.transport.close)
     assert await read(streams) == b"+PONG\r\n"
 
 
