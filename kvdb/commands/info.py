@@ -18,7 +18,7 @@ from kvdb.net.statistics import total_commands
 from kvdb_protocol.resp import Reply, Verbatim
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    from asyncio import Future
 
     from kvdb.net.client import Client
     from kvdb.net.service import Server

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from functools import partial
 
 from kvdb.errors import KvdbError, NoSpaceError
 from kvdb.keyspace import Keyspace
@@ -20,6 +20,7 @@ from kvdb.store.evict import POLICIES, Eviction, load, plan_eviction
 from kvdb.store.holds import Holds
 from kvdb.store.index import Index, Txn
 from kvdb.store.snapshots import uncache_snapshot
+from kvdb.store.threads import Threads
 from kvdb.store.uses import Use, Uses
 from kvdb.store.work import Work
 
@@ -41,7 +42,7 @@ class Budget:
         keyspace: Keyspace,
         holds: Holds,
         uses: Uses,
-        pool: Executor,
+        pool: Threads,
         used_bytes: Callable[[], int],
     ) -> None:
         self._index = index
@@ -108,8 +109,7 @@ class Budget:
             await self._keyspace.flush()
             while (needed := self.excess(n_bytes)) > 0:
                 needed += int(SLACK * self.maxstore) if n_bytes else 0
-                loop = asyncio.get_running_loop()
-                chosen = await loop.run_in_executor(self._pool, self._plan, needed, self._uses.fresh())
+                chosen = await self._pool.run(partial(self._plan, needed, self._uses.fresh()))
                 freed = await self._evict(chosen)
                 if not freed:
                     raise self._full(n_bytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from kvdb.store.files import Files
 from kvdb.store.holds import Holds
 from kvdb.store.index import Index, Txn
 from kvdb.store.segments import Segments, gaps, live_extents
+from kvdb.store.threads import Threads
 from kvdb.store.work import Extent, Work
 
 log = logging.getLogger("kvdb.store")
@@ -30,7 +30,7 @@ class Care:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        pool: Executor,
+        pool: Threads,
         index: Index,
         files: Files,
         segments: Segments,
@@ -92,8 +92,8 @@ class Care:
         total = 0
         for places in work:
             try:
-                reservation = await self._loop.run_in_executor(self._pool, self._segments.reserve, COMPACTOR, 0)
-                moved = await self._loop.run_in_executor(self._pool, copy_records, self._files, places, reservation)
+                reservation = await self._pool.run(partial(self._segments.reserve, COMPACTOR, 0))
+                moved = await self._pool.run(partial(copy_records, self._files, places, reservation))
             except OSError as error:
                 raise as_kvdb_error(error, "compaction") from error
             end = moved[-1].offset + moved[-1].place.record_bytes
@@ -114,9 +114,7 @@ class Care:
             await self._committer.flush()
             self._segments.pause_tidying()
             try:
-                return await self._loop.run_in_executor(
-                    self._pool, back_up, self._index, self._segments.folder, self._files, target
-                )
+                return await self._pool.run(partial(back_up, self._index, self._segments.folder, self._files, target))
             except OSError as error:
                 raise as_kvdb_error(error, f"backup to {target.name}") from error
             finally:

@@ -18,9 +18,10 @@ many commands with each sync, and an idle one commits at once.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from kvdb.errors import KvdbError, MisconfError, NoSpaceError
@@ -33,7 +34,10 @@ from kvdb.store.pins import Pin
 from kvdb.store.segments import Segments
 from kvdb.store.strings import WRITER as STRINGS
 from kvdb.store.strings import LargeString, Refs, Stored, store_strings
+from kvdb.store.threads import Threads
 from kvdb.store.work import Extent, Work, settle
+
+log = logging.getLogger("kvdb.store")
 
 DISK_FULL = "the disk is full: free space or delete keys, then retry"
 
@@ -116,7 +120,7 @@ class Committer:
         self._waiting: list[_Item[object]] = []
         self._wanted = False
         self._running: asyncio.Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "kvdb-commit")
+        self._thread = Threads(loop, 1, "kvdb-commit")
         self._is_closed = False
         self._tidying: asyncio.TimerHandle | None = None
         self.rounds = 0
@@ -174,17 +178,17 @@ class Committer:
             self._tidying.cancel()
             self._tidying = None
         if self._segments.pins.are_late:
-            self._thread.submit(self._segments.tidy)
+            self.in_thread(self._segments.tidy)
 
     def in_thread(self, function: Callable[[], None]) -> None:
         """Run something between two rounds, in the commit thread."""
-        self._thread.submit(function)
+        self._thread.start(function, _log_failure)
 
     def close(self) -> None:
         """Stop the commit thread; `idle` must have returned."""
         self._is_closed = True
         self._tidy()
-        self._thread.shutdown(wait=True)
+        self._thread.close()
 
     def _start(self) -> None:
         items, self._waiting = self._waiting, []
@@ -192,12 +196,11 @@ class Committer:
         overlay = self._overlay.freeze() if self._overlay else None
         dropped = self._segments.take_dropped()
         this = _Round(items, overlay, self._segments.busy(), self._segments.take_retired(), dropped)
-        running = self._loop.run_in_executor(self._thread, self._run, this)
-        running.add_done_callback(lambda done: self._finish(this, done))
+        self._thread.start(partial(self._run, this), partial(self._finish, this))
 
-    def _finish(self, this: _Round, done: asyncio.Future[None]) -> None:
+    def _finish(self, this: _Round, _: None, bug: BaseException | None) -> None:
         try:
-            self._conclude(this, done)
+            self._conclude(this, bug)
         finally:
             if self._waiting or self._wanted:
                 self._loop.call_soon(self._start)
@@ -206,8 +209,8 @@ class Committer:
                 self._running.set_result(None)
                 self._running = None
 
-    def _conclude(self, this: _Round, done: asyncio.Future[None]) -> None:
-        if (bug := done.exception()) is not None:
+    def _conclude(self, this: _Round, bug: BaseException | None) -> None:
+        if bug is not None:
             this.error = as_kvdb_error(bug, "commit")
         try:
             self._refresh()
@@ -355,6 +358,11 @@ class Committer:
             item.error = as_kvdb_error(error, "commit")
         else:
             work.merge(own)
+
+
+def _log_failure(_: object, error: BaseException | None) -> None:
+    if error is not None:
+        log.error("work between two rounds failed", exc_info=error)
 
 
 def _nothing(_txn: Txn, _work: Work) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import Executor
+from functools import partial
 
 from kvdb.store.committer import Committer
 from kvdb.store.entries import HeldString, LargeValue, StringRef, place_of
 from kvdb.store.files import Files
 from kvdb.store.segments import Segments
 from kvdb.store.strings import StringReader, read_string
+from kvdb.store.threads import Threads
 from kvdb.store.work import Extent
 from kvdb_protocol.record import record_bytes
 
@@ -19,13 +19,11 @@ class LargeStrings:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
-        pool: Executor,
+        pool: Threads,
         files: Files,
         segments: Segments,
         committer: Committer,
     ) -> None:
-        self._loop = loop
         self._pool = pool
         self._files = files
         self._segments = segments
@@ -48,7 +46,7 @@ class LargeStrings:
         reader = StringReader(self._segments.folder, self._files, place_of(value))
         try:
             if not reader.open_cached():
-                await self._loop.run_in_executor(self._pool, reader.open)
+                await self._pool.run(reader.open)
         except BaseException:
             reader.close()
             raise
@@ -57,7 +55,7 @@ class LargeStrings:
     async def piece(self, reader: StringReader, number: int, buffer: bytearray) -> bytes | memoryview:
         """A piece of it, checked; it may lie in `buffer`, of PIECE_BYTES. Raises CorruptError."""
         piece = reader.cached(number, buffer)
-        return piece if piece is not None else await self._loop.run_in_executor(self._pool, reader.piece, number)
+        return piece if piece is not None else await self._pool.run(partial(reader.piece, number))
 
     def give_back_late(self) -> None:
         """Free what had to wait for a reader that is done now."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor
 from functools import partial
 from itertools import count
 
@@ -21,6 +20,7 @@ from kvdb.store.files import Files
 from kvdb.store.records import Reservation
 from kvdb.store.segments import Segments
 from kvdb.store.strings import Sums
+from kvdb.store.threads import Threads
 from kvdb.store.work import Extent
 from kvdb_protocol.record import ALIGN, HEADER_BYTES, padding, record_bytes
 
@@ -40,7 +40,7 @@ class Receiver:
 
     def __init__(
         self,
-        pool: Executor,
+        pool: Threads,
         segments: Segments,
         files: Files,
         reserve: Callable[[str, int], Awaitable[Reservation]],
@@ -102,7 +102,7 @@ class Incoming:
     async def _in_thread(self, function: Callable[[], None]) -> None:
         try:
             # Shielded: the thread goes on when the task is cancelled, so the next call must not begin before.
-            await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._receiver.pool, function))
+            await asyncio.shield(self._receiver.pool.run(function))
         except OSError as error:
             raise as_kvdb_error(error, "receiving a string") from error
 

@@ -11,7 +11,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -54,6 +53,7 @@ from kvdb.store.rows import ModelRow, Reason, SnapshotRow, pack
 from kvdb.store.segments import Segments, live_extents
 from kvdb.store.snapshots import check_written, commit_snapshot, uncache_snapshot, usage
 from kvdb.store.stats import StoreStats, measure
+from kvdb.store.threads import Threads
 from kvdb.store.uses import Uses, write_uses
 from kvdb.store.verify import Finding, verify
 from kvdb.store.work import Extent, Work
@@ -82,12 +82,12 @@ class Store:
         self._index = index
         self._segments = Segments(folder / "segments", files)
         self._holds = Holds()
-        self._pool = ThreadPoolExecutor(READER_THREADS, "kvdb-read")
+        self._pool = Threads(loop, READER_THREADS, "kvdb-read")
         self._ballast = Ballast(folder / "ballast", files)
         self._committer = Committer(
             loop, index, files, self._segments, self._holds, self._ballast, lambda: self.keyspace.refresh()
         )
-        self.strings = LargeStrings(loop, self._pool, files, self._segments, self._committer)
+        self.strings = LargeStrings(self._pool, files, self._segments, self._committer)
         self.keyspace = Keyspace(index, self._committer, self.strings.hold)
         self._committer.attach(self.keyspace)
         self._uses = Uses()
@@ -103,7 +103,7 @@ class Store:
         self.verified = (0, 0)  # bytes of records that STORE VERIFY has seen, and of all; of the last one
         self._is_closed = False
         self.problems: list[str] = []  # what recovery found, in words
-        self.checking: Future[str] | None = None  # the check of a large index: what it found, in words
+        self.checking: asyncio.Future[str] | None = None  # the check of a large index: what it found, in words
 
     @classmethod
     def open(cls, folder: Path, *, loop: asyncio.AbstractEventLoop, files: Files | None = None) -> Store:
@@ -137,7 +137,7 @@ class Store:
                 raise as_kvdb_error(error, f"recovery of {folder}") from error
             raise
         if not is_checked:
-            store.checking = store._pool.submit(check_while_serving, index, lambda: store._is_closed)
+            store.checking = store._pool.run(partial(check_while_serving, index, lambda: store._is_closed))
         return store
 
     def _recover(self) -> None:
@@ -187,7 +187,7 @@ class Store:
         self._is_closed = True
         self._uses_timer.cancel()
         self._committer.close()
-        self._pool.shutdown(wait=True)
+        self._pool.close()
         self.keyspace.close()
         self._segments.close()
         self._index.close()
@@ -266,7 +266,7 @@ class Store:
         if n_bytes_hint and (reserved := self._segments.reserve_open(writer, n_bytes_hint)) is not None:
             return reserved
         try:
-            return await self._loop.run_in_executor(self._pool, self._segments.reserve, writer, n_bytes_hint)
+            return await self._pool.run(partial(self._segments.reserve, writer, n_bytes_hint))
         except OSError as error:
             raise as_kvdb_error(error, "new segment") from error
 
@@ -339,7 +339,7 @@ class Store:
             await self.budget.make_room(extent.n_bytes)
         except KvdbError:
             pin.release()
-            await self._loop.run_in_executor(self._pool, self._segments.tidy, [extent], [])
+            await self._pool.run(partial(self._segments.tidy, [extent], []))
             raise
         finally:
             self._segments.resolved(extent.segment)
@@ -460,7 +460,7 @@ class Store:
     async def in_pool(self, work: Callable[[], T], doing: str) -> T:
         """Run file work in the reader pool; OSError becomes what a client sees."""
         try:
-            return await self._loop.run_in_executor(self._pool, work)
+            return await self._pool.run(work)
         except OSError as error:
             raise as_kvdb_error(error, doing) from error
 
@@ -472,11 +472,11 @@ class Store:
                 for place in places:
                     reader.payload(place)
 
-        await self._loop.run_in_executor(self._pool, check)
+        await self._pool.run(check)
 
     async def _read(self, snapshot_id: bytes, read: Callable[[], T]) -> T:
         with self.hold(snapshot_id):
-            return await self._loop.run_in_executor(self._pool, read)
+            return await self._pool.run(read)
 
     def longest_prefix(self, family: bytes, fingerprint: bytes, ids: bytes, *, cross_quant: bool) -> Match | None:
         """The longest stored prefix of a prompt (u32 little-endian ids).
@@ -505,7 +505,7 @@ class Store:
 
     async def stats(self) -> StoreStats:
         """Where every byte is."""
-        return await self._loop.run_in_executor(self._pool, measure, self._index, self._segments, self._files)
+        return await self._pool.run(partial(measure, self._index, self._segments, self._files))
 
     async def verify(self, *, deep: bool, bytes_per_s: float = 0.0) -> list[Finding]:
         """Everything that is wrong in the directory; `deep` also reads every payload. Clients go on meanwhile.
@@ -522,7 +522,7 @@ class Store:
 
         async with self._verifying:
             self.verified = (0, 0)
-            return await self._loop.run_in_executor(self._pool, check)
+            return await self._pool.run(check)
 
     async def compact(self) -> tuple[int, int]:
         """Move the live records of sparse segments together; return (bytes moved, segments emptied)."""
@@ -562,9 +562,7 @@ class Store:
                 reservation = await self.reserve(IMPORTER, state.n_bytes)
                 write = partial(write_state, reason=Reason.IMPORT, created_ms=created_ms)
                 try:
-                    new = await self._loop.run_in_executor(
-                        self._pool, write, self._files, state, reservation, is_stored
-                    )
+                    new = await self._pool.run(partial(write, self._files, state, reservation, is_stored))
                 except OSError as error:
                     raise as_kvdb_error(error, "import") from error
                 try:

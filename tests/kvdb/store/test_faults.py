@@ -55,7 +55,7 @@ async def count_calls(folder: Path) -> list[str]:
     files.calls.clear()
     await scenario(store, [], keep.id)
     await store._committer.idle()
-    await asyncio.wrap_future(store._committer._thread.submit(lambda: None))  # freed ranges have been punched
+    await store._committer._thread.run(lambda: None)  # freed ranges have been punched
     calls = list(files.calls)
     await store.close()
     return calls

@@ -160,7 +160,7 @@ async def test_a_large_index_is_checked_while_it_is_served(folder: Path, monkeyp
             change_all(folder, b"key153")
         store = Store.open(folder, loop=asyncio.get_running_loop())
         assert store.checking is not None
-        problem = await asyncio.wrap_future(store.checking)
+        problem = await store.checking
         assert problem.startswith("1 rows fail their checksum, in keys; kvdb-check --repair") == is_damaged
         assert _index_status(store.checking) == (problem if is_damaged else "ok")
         await store.close()

@@ -1,0 +1,80 @@
+"""Threads in the event loop's service: results, errors, order, cancellation, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import AsyncIterator
+
+import pytest
+
+from kvdb.store.threads import Threads
+
+
+@pytest.fixture
+async def one() -> AsyncIterator[Threads]:
+    threads = Threads(asyncio.get_running_loop(), 1, "test")
+    yield threads
+    threads.close()
+
+
+async def test_results_and_errors_come_back(one: Threads) -> None:
+    assert await one.run(lambda: 7) == 7
+
+    def fail() -> None:
+        raise OSError(5, "broken")
+
+    with pytest.raises(OSError, match="broken"):
+        await one.run(fail)
+    assert await one.run(threading.get_ident) != threading.get_ident(), "after an error the thread goes on"
+
+
+async def test_one_thread_keeps_the_order(one: Threads) -> None:
+    seen: list[int] = []
+    told: list[object] = []
+    for number in range(100):
+        one.start(lambda number=number: seen.append(number), lambda result, error: told.append((result, error)))  # type: ignore[misc]
+    await one.run(lambda: None)
+    assert seen == list(range(100)) and told == [(None, None)] * 100
+
+
+async def test_what_is_cancelled_before_its_turn_is_not_run(one: Threads) -> None:
+    gate = threading.Event()
+    ran: list[int] = []
+    first = one.run(gate.wait)
+    second = one.run(lambda: ran.append(1))
+    second.cancel()
+    first.cancel()  # under way: it goes on, and its result is dropped
+    gate.set()
+    await one.run(lambda: None)
+    assert not ran and first.cancelled()
+
+
+async def test_nothing_is_kept_between_calls(one: Threads) -> None:
+    class Large:
+        pass
+
+    large = Large()
+    gone = weakref.ref(large)
+    await one.run(lambda large=large: None)  # type: ignore[misc]
+    del large
+    await one.run(lambda: None)
+    assert gone() is None
+
+
+async def test_closing_waits_for_what_was_asked_for() -> None:
+    threads = Threads(asyncio.get_running_loop(), 3, "test")
+    done: list[int] = []
+    futures = [threads.run(lambda number=number: done.append(number)) for number in range(50)]  # type: ignore[misc]
+    threads.close()
+    assert sorted(done) == list(range(50))
+    await asyncio.gather(*futures)
+
+
+def test_a_loop_that_is_gone_is_no_matter() -> None:
+    loop = asyncio.new_event_loop()
+    threads = Threads(loop, 1, "test")
+    loop.close()
+    threads.start(lambda: 1, lambda result, error: None)
+    threads.close()
