@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kvdb.commands import dispatch
 from kvdb.net import bulk
+from kvdb.net.file_sender import FileSender
 from kvdb.store.entries import HeldString, StringRef
 from kvdb_protocol.resp import (
     BULK_HEADERS,
@@ -77,6 +78,7 @@ class Client(asyncio.Protocol):
         "gated",
         "id",
         "input_bytes",
+        "is_encrypted",
         "is_monitor",
         "last_bound",
         "last_used",
@@ -116,7 +118,7 @@ class Client(asyncio.Protocol):
         self.parser = RequestParser()
         self.transport: asyncio.Transport  # from connection_made on
         self.task: asyncio.Task[None] | None = None
-        self.cancelled = False
+        self.cancelled = self.is_encrypted = False
         self.last_bound: Bound | None = None
         self.input_bytes = self.output_bytes = 0
         self.channels: dict[bytes, None] = {}
@@ -179,11 +181,9 @@ class Client(asyncio.Protocol):
         """Take the connection, or turn it away."""
         transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses of it
         self.transport = transport
-        # What the kernel does not take at once is reason to stop. And uvloop hands over at once what passes the limit;
-        # the rest it collects until the end of the loop's turn, which takes longer and gains nothing here. With TLS it
-        # would not go on after a limit of 0.
-        is_plain = transport.get_extra_info("ssl_object") is None
-        transport.set_write_buffer_limits(high=0 if is_plain else _TLS_BUFFER_BYTES)
+        # What the kernel does not take at once is reason to stop; with TLS uvloop would not go on after a limit of 0.
+        self.is_encrypted = transport.get_extra_info("ssl_object") is not None
+        transport.set_write_buffer_limits(high=_TLS_BUFFER_BYTES if self.is_encrypted else 0)
         sock = transport.get_extra_info("socket")
         self.fd = sock.fileno() if sock is not None else -1
         self.local = _address(transport.get_extra_info("sockname"))
@@ -502,13 +502,14 @@ class Client(asyncio.Protocol):
         if not self._closing:
             self.transport.write(data)
 
-    @property
-    def has_unsent(self) -> bool:
-        """Whether the transport still holds something of what it was given."""
-        return self.transport.get_write_buffer_size() > 0
+    def file_sender(self) -> FileSender:
+        """Sends past the transport, which must be `drained`. Raises ConnectionError once the connection is closed."""
+        if self.transport.is_closing():
+            raise ConnectionAbortedError("the connection is closed")
+        return FileSender(self.server.loop, self.server.store.files, self.fd)
 
     async def drained(self) -> None:
-        """Wait until the client has read enough for more to be written."""
+        """Wait until the client has read enough for more to be written: without TLS, all."""
         if self._write_paused:
             self._drained = self.server.loop.create_future()
             await self._drained

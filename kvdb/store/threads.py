@@ -13,7 +13,6 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-
 T = TypeVar("T")
 Call = Callable[[], object]
 Done = Callable[[Any, BaseException | None], object]  # result, error

@@ -9,11 +9,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from kvdb import config
+from kvdb.backend import Backend
+from kvdb.net.service import Server
 
 Tree = tuple[object, ...]
 
@@ -188,3 +192,13 @@ def redis_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     yield daemon
     os.kill(daemon.process.pid, signal.SIGTERM)
     daemon.process.wait(20)
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    """One in this process, on a unix socket."""
+    words = ["--dir", tmp_path / "data", "--port", 0, "--unixsocket", tmp_path / "s", "--model", ""]
+    server = Server(config.from_command_line([str(word) for word in words]), Backend())
+    await server.start()
+    yield server
+    await server.stop()

@@ -8,14 +8,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from kvdb import config
-from kvdb.backend import Backend
 from kvdb.errors import KvdbError
 from kvdb.net.client import Client
 from kvdb.net.service import Server
@@ -23,15 +21,6 @@ from server.conftest import StartDaemon, free_port, request
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 LARGE = 2_000_000
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Server]:
-    words = ["--dir", tmp_path / "data", "--port", 0, "--unixsocket", tmp_path / "s", "--model", ""]
-    server = Server(config.from_command_line([str(word) for word in words]), Backend())
-    await server.start()
-    yield server
-    await server.stop()
 
 
 async def connect(server: Server) -> tuple[Streams, Client]:
