@@ -221,7 +221,7 @@ def main(quick: bool, n_clients: int, n_tokens: int, model: str) -> None:
     console = Console(highlight=False)
     per_client = 4
     if quick:
-        n_clients, per_client, n_tokens = 6, 1, 1024
+        n_clients, per_client, n_tokens = 6, 1, 2048
     table = Table(title=f"{n_clients * per_client} requests of {n_tokens} tokens from {n_clients} clients, {model}")
     for name in ("claim", "found", ""):
         table.add_column(name)
