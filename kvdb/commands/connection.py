@@ -32,10 +32,10 @@ def ping(client: Client, args: list[bytes]) -> Reply:
 
 
 @batch_handler("PING")
-def ping_batch(client: Client, requests: list[Request]) -> list[bytes]:
+def ping_batch(client: Client, requests: list[Request]) -> tuple[int, bytes]:
     """Those without a message."""
     n_plain = next((at for at, request in enumerate(requests) if request != [b"PING"]), len(requests))
-    return [PONG.data] * n_plain
+    return n_plain, PONG.data * n_plain
 
 
 @handler("ECHO")

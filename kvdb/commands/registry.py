@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Handler = Callable[["Client", list[bytes]], "Reply | Awaitable[Reply]"]
 
 # Answers the first requests of a pipeline that all name its command; see `batch_handler`.
-BatchHandler = Callable[["Client", list[Request]], list[bytes]]
+BatchHandler = Callable[["Client", list[Request]], tuple[int, bytes]]
 
 _handlers: dict[str, Handler] = {}
 _batch_handlers: dict[str, BatchHandler] = {}
@@ -44,8 +44,8 @@ def handler(*names: str) -> Callable[[Handler], Handler]:
 def batch_handler(name: str) -> Callable[[BatchHandler], BatchHandler]:
     """Register a second handler of a command that clients pipeline by the thousand.
 
-    It gets what waits from such a request on, and returns the encoded replies to the first of these, as many as it can
-    answer from memory, maybe none: it stops at the first request that is another command or needs the handler itself.
+    It gets what waits from such a request on, and returns how many of these it has answered from memory, maybe none,
+    and the encoded replies to them: it stops at the first request that is another command or needs the handler itself.
     """
 
     def register(fn: BatchHandler) -> BatchHandler:

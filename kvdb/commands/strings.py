@@ -33,10 +33,11 @@ def get(client: Client, args: list[bytes]) -> Reply:
 
 
 @batch_handler("GET")
-def get_batch(client: Client, requests: list[Request]) -> list[bytes]:
+def get_batch(client: Client, requests: list[Request]) -> tuple[int, bytes]:
     """Short values that are in memory and do not expire."""
     newest, others = client.server.keyspace.in_memory(client.db)
-    replies = []
+    parts: list[bytes] = []
+    headers = BULK_HEADERS
     for request in requests:
         if len(request) != 2 or request[0] != b"GET":
             break
@@ -44,9 +45,10 @@ def get_batch(client: Client, requests: list[Request]) -> list[bytes]:
         entry = newest[key] if key in newest else others.get(key)
         if entry is None or entry[1] or type(value := entry[2]) is not bytes or len(value) >= SHORT_BYTES:
             break
-        replies.append(b"".join((BULK_HEADERS[len(value)], value, b"\r\n")))
-    client.server.statistics.keyspace_hits += len(replies)
-    return replies
+        parts += headers[len(value)], value, b"\r\n"
+    n_found = len(parts) // 3
+    client.server.statistics.keyspace_hits += n_found
+    return n_found, b"".join(parts)
 
 
 @handler("SET")

@@ -299,10 +299,9 @@ class Client(asyncio.Protocol):
                 out_bytes += self._run(bound, request)
                 if self.task is None:
                     self._mute_last()
-            elif at < n_waiting and bound.batch_fn is not None and (replies := self._run_batch(bound, at - 1)):
-                at += len(replies) - 1
-                out += replies
-                out_bytes += sum(map(len, replies))
+            elif at < n_waiting and bound.batch_fn is not None and (n_run := self._run_batch(bound, at - 1)):
+                at += n_run - 1
+                out_bytes += len(out[-1])
             else:
                 out_bytes += self._run(bound, request)
             if self.task is None:
@@ -315,13 +314,15 @@ class Client(asyncio.Protocol):
         if self.task is None:
             self._settle()
 
-    def _run_batch(self, bound: Bound, first: int) -> list[bytes]:
-        """Run as many of the waiting requests from `first` on as the batch handler takes; their replies."""
+    def _run_batch(self, bound: Bound, first: int) -> int:
+        """Run as many of the waiting requests from `first` on as the batch handler takes, and gather their replies."""
         began = _clock()
-        replies = bound.batch_fn(self, self._waiting[first : first + _BATCH_REQUESTS])  # type: ignore[misc]
-        bound.calls += len(replies)
-        bound.seconds += _clock() - began
-        return replies
+        n_run, replies = bound.batch_fn(self, self._waiting[first : first + _BATCH_REQUESTS])  # type: ignore[misc]
+        if n_run:
+            self._out.append(replies)
+            bound.calls += n_run
+            bound.seconds += _clock() - began
+        return n_run
 
     def _run(self, bound: Bound, request: Request) -> int:
         """Run a command and gather its reply, of so many bytes; or it becomes this client's task."""
