@@ -9,13 +9,13 @@ share `window` buffers in turn.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 
-# A checksum holds the interpreter's lock: more threads than these would only wait for each other.
-HELPERS = max(1, min(3, (os.cpu_count() or 2) - 1))
+# More than processors: what is not in the page cache is waited for, and a disk is as fast as it can only with several
+# requests at a time. Neither reading nor a checksum holds the interpreter's lock.
+HELPERS = 3
 
 _helpers = ThreadPoolExecutor(HELPERS, "kvdb-read")
 
