@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 from kvdb.commands.access import changed, delete, find_string, string_entry, string_length, write_string
@@ -11,15 +9,14 @@ from kvdb.commands.parse import SYNTAX, expiry_ms, is_expiry_option, now_ms, par
 from kvdb.commands.registry import batch_handler, handler
 from kvdb.errors import KvdbError, WrongTypeError
 from kvdb.net import bulk
-from kvdb.store.entries import Entry, EntryType, Value
+from kvdb.store.entries import Entry, EntryType
 from kvdb_protocol.resp import BULK_HEADERS, OK, SHORT_BYTES, Reply, Request
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client
 
 _STRING = EntryType.STRING
-# An entry from a tuple of its three fields, in half the time that Entry() takes: for SET.
-_new_entry: Callable[[tuple[EntryType, int, Value]], Entry] = partial(tuple.__new__, Entry)
+_new_tuple = tuple.__new__  # makes an entry in half the time that Entry() takes: for SET
 
 
 @handler("GET")
@@ -55,10 +52,11 @@ def get_batch(client: Client, requests: list[Request]) -> tuple[int, bytes]:
 def set_(client: Client, args: list[bytes]) -> Reply:
     """Store a value under the conditions and with the expiry asked for."""
     if len(args) == 2:
+        key, value = args
         server = client.server
-        server.keyspace.put(client.db, args[0], _new_entry((_STRING, 0, args[1])))
+        server.keyspace.put(client.db, key, _new_tuple(Entry, (_STRING, 0, value)))
         if server.observers.is_active:
-            server.observers.changed(client.db, args[0], "set", "$")
+            server.observers.changed(client.db, key, "set", "$")
         return OK
     return _set_with_options(client, args)
 
