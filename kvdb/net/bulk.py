@@ -1,9 +1,9 @@
 """Large strings between a connection and the store: received into a segment, sent from one, never whole in memory.
 
 What is in memory for one string is bounded: some megabytes that were received and not written yet, after which the
-socket is not read; one piece, and what the transport buffers, of a string that is being sent. Each piece is checked
-just before it is sent: damage in the first one is answered as an error, damage found later ends the connection, since
-the length has been promised.
+socket is not read; of a string that is being sent nothing, or with TLS a piece and what the transport buffers. Each
+part is checked just before it is sent: damage in the first one is answered as an error, damage found later ends the
+connection, since the length has been promised.
 """
 
 from __future__ import annotations
