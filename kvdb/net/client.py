@@ -235,7 +235,7 @@ class Client(asyncio.Protocol):
                     if self.task is not None:
                         return
                     self.last_bound = bound
-                    if self._stopped or self._pending_writes or self._has_strings:
+                    if self._stopped or self._read_paused or self._pending_writes or self._has_strings:
                         self._settle()
                     else:
                         server.send_soon(self)
