@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastcrc.crc32 import iscsi as crc32c
 
 from kvdb.errors import CorruptError, KvdbError
-from kvdb.store.index import CRC_BYTES, FORMAT_NAME, TABLE_CRC, Index, Table
-from kvdb.store.index_pages import Row, check_pages
+from kvdb.store.index import CRC_BYTES, FORMAT_NAME, TABLE_CRC, Index, Table, Txn
+from kvdb.store.index_pages import MetaPagesError, Row, check_pages
 from kvdb_protocol.errors import FormatError
 
 log = logging.getLogger("kvdb.store")
@@ -25,6 +26,11 @@ log = logging.getLogger("kvdb.store")
 # Up to here an index is checked before it is served (0.1 s); a larger one while it is.
 CHECKED_FIRST_BYTES = 16 << 20
 _LEAVES_AT_A_TIME = 32
+_TRIES = 20
+
+
+class _MetaPagesError(CorruptError):
+    """The walk did not begin: see index_pages.MetaPagesError."""
 
 
 def damaged_rows(
@@ -60,10 +66,29 @@ def damaged_rows(
         if os.fstat(fd).st_size:  # LMDB makes the file before it fills it
             check_pages(lambda offset, n_bytes: os.pread(fd, n_bytes, offset), txn, tables.keys(), look)
     except FormatError as error:
-        raise CorruptError(f"the pages of the index: {error}; go back to a backup") from error
+        kind = _MetaPagesError if isinstance(error, MetaPagesError) else CorruptError
+        raise kind(f"the pages of the index: {error}; go back to a backup") from error
     finally:
         os.close(fd)
     return damaged if is_sealed else []
+
+
+@contextmanager
+def read_checked(index: Index, pause: Callable[[], None]) -> Iterator[tuple[Txn, list[tuple[Table, bytes]]]]:
+    """A read transaction of an index that is in use, and which of its rows are damaged. Raises as `damaged_rows`.
+
+    Between the begin of a transaction and the look at the meta pages others may commit twice: then with a newer one.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        with index.read() as txn:
+            try:
+                damaged = damaged_rows(index.path, txn=txn.raw.id(), pause=pause)
+            except _MetaPagesError:
+                if tries_left:
+                    continue
+                raise
+            yield txn, damaged
+            return
 
 
 def refuse_damaged(path: Path) -> bool:
@@ -95,9 +120,8 @@ def check_while_serving(index: Index, is_closed: Callable[[], bool]) -> str:
             time.sleep(0.001)  # the event loop needs the interpreter, too
 
     try:
-        with index.read() as txn:
-            rows = damaged_rows(index.path, txn=txn.raw.id(), pause=pause)
-        problem = _words(rows) if rows else ""
+        with read_checked(index, pause) as (_, rows):
+            problem = _words(rows) if rows else ""
     except CorruptError as error:
         problem = str(error)
     except KvdbError as error:

@@ -315,6 +315,10 @@ def check_stamps(read: Read, decode: Callable[[bytes, bytes], int | None]) -> No
             _check_stamp(read, unbounded, decode, {older.txn, older.txn + 2})
 
 
+class MetaPagesError(FormatError):
+    """The two meta pages are damaged, or of other transactions than is looked for."""
+
+
 class _NoTreeError(FormatError):
     """The pages that a meta page leads to are not those of a table META."""
 
@@ -341,10 +345,14 @@ def check_pages(
     """Walk everything that a transaction sees, which must not be overwritten meanwhile. Raises FormatError.
 
     txn: its number; None for the newest. known: the names of the tables that may exist. look: is shown the rows of
-    each leaf, with the name of their table.
+    each leaf, with the name of their table. Raises MetaPagesError where no meta page leads to it: while somebody writes
+    that may be because two commits have been made since.
     """
-    older, newer = read_metas(read)
+    try:
+        older, newer = read_metas(read)
+    except FormatError as error:
+        raise MetaPagesError(str(error)) from error
     meta = {older.txn: older, newer.txn: newer}.get(newer.txn if txn is None else txn)
     if meta is None:
-        raise FormatError(f"no meta page is of transaction {txn}")
+        raise MetaPagesError(f"no meta page is of transaction {txn}")
     Walk(read, meta).all(known, look)

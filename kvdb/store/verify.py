@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from kvdb.store.entries import (
 from kvdb.store.entry_writes import names_key
 from kvdb.store.files import Files
 from kvdb.store.index import Index, Table, Txn, end_key, from_place_key, from_u64, place_key, u64
-from kvdb.store.index_damage import damaged_rows
+from kvdb.store.index_damage import read_checked
 from kvdb.store.read import Reader, RecordPlace, page_place, tail_place
 from kvdb.store.rows import ModelRow, PageRow, PlaceRow, RecordType, SegmentRow, SnapshotRow, pack_string_place
 from kvdb.store.segments import segment_name
@@ -134,9 +135,9 @@ def verify(
     folder: of the segments. deep: also read every payload, compare checksums, ids, prefix hashes and sections.
     bytes_per_s: reading rate, 0 for as fast as possible. progress: called with (bytes done, bytes in all).
     """
-    with index.read() as txn:
+    with ExitStack() as reading:
         try:
-            damaged = damaged_rows(index.path, txn=txn.raw.id(), pause=index.give_way)
+            txn, damaged = reading.enter_context(read_checked(index, index.give_way))
         except CorruptError as error:
             # LMDB would follow the damage anywhere, out of the file too: no row can be asked for.
             yield Finding("index", str(error))

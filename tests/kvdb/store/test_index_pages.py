@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import msgpack
@@ -266,4 +267,30 @@ async def test_an_index_of_format_1_is_read_and_made_current(folder: Path) -> No
         assert isinstance(txn, Txn)
         assert txn.meta(b"format") == 2
         assert 0 < txn.meta(STAMP) <= txn.raw.id()
+    index.close()
+
+
+@pytest.mark.parametrize("overtaken", [1, 100])
+def test_commits_that_overtake_a_check_are_no_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, overtaken: int
+) -> None:
+    """Two commits write both meta pages anew; a store that is that fast all the time cannot be checked."""
+    index = Index(folder / "index")
+    real, calls = index_damage.check_pages, 0
+
+    def check_pages(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        for number in range(2 if calls <= overtaken else 0):
+            txn = index.begin_write()
+            txn.put_meta(b"test", number)
+            txn.commit()
+        real(*arguments)
+
+    monkeypatch.setattr(index_damage, "check_pages", check_pages)
+    found = [finding.message for finding in verify(index, folder / "segments", OsFiles(), deep=True)]
+    if overtaken == 1:
+        assert found == [] and calls == 2
+    else:
+        assert len(found) == 1 and "no meta page is of transaction" in found[0] and calls == index_damage._TRIES
     index.close()
