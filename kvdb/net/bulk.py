@@ -1,9 +1,9 @@
 """Large strings between a connection and the store: received into a segment, sent from one, never whole in memory.
 
 What is in memory for one string is bounded: some megabytes that were received and not written yet, after which the
-socket is not read; of a string that is being sent nothing, or with TLS a piece and what the transport buffers. Each
-part is checked just before it is sent: damage in the first one is answered as an error, damage found later ends the
-connection, since the length has been promised.
+socket is not read; one piece, and what the transport buffers, of a string that is being sent. Each piece is checked
+just before it is sent: damage in the first one is answered as an error, damage found later ends the connection, since
+the length has been promised.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, cast
 
 from kvdb.acl import refused
 from kvdb.errors import KvdbError
-from kvdb.store.entries import HeldString, LargeValue, StringRef, place_of
+from kvdb.store.entries import PIECE_BYTES, HeldString, LargeValue, StringRef, place_of
 from kvdb.store.errors import as_kvdb_error
 from kvdb_protocol.resp import Encoded, Reply, Request, encode, encode_error
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client
-    from kvdb.net.file_sender import FileSender
-    from kvdb.store.strings import StringReader
 
 log = logging.getLogger("kvdb")
 
@@ -33,8 +31,8 @@ _GATHER_BYTES = 256 << 10
 _ALL_WAITING_BYTES = 64 << 20
 # Strings below this are read at once and sent as one object.
 _WHOLE_BYTES = 1 << 20
-# Pieces that are checked, then sent, before others get their turn.
-_PIECES_AT_ONCE = 4
+# Pieces that are sent before others get their turn.
+_PIECES_AT_ONCE = 8
 _HEAD_BYTES = 128
 # Commands that store an argument as it is: its first position, and the step to the next one.
 _VALUES_AT = {
@@ -126,62 +124,36 @@ async def send(client: Client, reply: Pieces) -> None:
 
 async def _send_string(client: Client, string: HeldString) -> None:
     store = client.server.store
-    before = client.output_bytes
+    n_bytes = place_of(string).n_bytes
+    sent = 0
     try:
         reader = await store.strings.open(string)
+        buffer = bytearray(PIECE_BYTES)
         try:
-            if client.is_encrypted:
-                await _send_pieces(client, reader)
-            else:
-                await _send_file(client, reader)
+            piece = await store.strings.piece(reader, 0, buffer)
+            client.write(b"$%d\r\n" % n_bytes)
+            for number in range(reader.n_pieces):
+                client.write(piece)
+                sent += len(piece)
+                if client.has_unsent:  # a part of the piece waits in the transport, which needs the buffer until then
+                    buffer = bytearray(PIECE_BYTES)
+                if number + 1 < reader.n_pieces:
+                    # Read while the client takes this one.
+                    piece = await store.strings.piece(reader, number + 1, buffer)
+                await client.drained()
+                if number % _PIECES_AT_ONCE == _PIECES_AT_ONCE - 1:
+                    await asyncio.sleep(0)
         finally:
             reader.close()
-    except ConnectionError:
-        client.abort()
-        return
-    except (KvdbError, OSError) as problem:
-        error = as_kvdb_error(problem, "sending a string")
+    except KvdbError as error:
         client.server.count_error(error.word)
-        if client.output_bytes == before:
+        if not sent:
             client.write(encode_error(error.wire))
             return
-        log.error("client %d (%s) closed in the middle of a string: %s", client.id, client.peer, error.wire)
+        log.error("client %d (%s) closed after %d of %d bytes: %s", client.id, client.peer, sent, n_bytes, error.wire)
         client.abort()
         return
     client.write(b"\r\n")
-
-
-async def _send_file(client: Client, reader: StringReader) -> None:
-    """Check a part, then let the kernel send it from its page cache; damage in the first one leaves nothing sent."""
-    strings = client.server.store.strings
-    sender: FileSender | None = None
-    try:
-        for first in range(0, reader.n_pieces, _PIECES_AT_ONCE):
-            numbers = range(first, min(first + _PIECES_AT_ONCE, reader.n_pieces))
-            await strings.check(reader, numbers)
-            if sender is None:
-                client.write(b"$%d\r\n" % reader.ref.n_bytes)
-                await client.drained()
-                sender = client.file_sender()
-            place = reader.place(numbers)
-            await sender.send(*place)
-            client.output_bytes += place[2]
-            await asyncio.sleep(0)  # others get their turn
-    finally:
-        if sender is not None:
-            sender.close()
-
-
-async def _send_pieces(client: Client, reader: StringReader) -> None:
-    """The same where each byte is changed on its way."""
-    piece = await client.server.store.strings.piece(reader, 0)
-    client.write(b"$%d\r\n" % reader.ref.n_bytes)
-    for number in range(reader.n_pieces):
-        client.write(piece)
-        if number + 1 < reader.n_pieces:
-            # Read while the client takes this one.
-            piece = await client.server.store.strings.piece(reader, number + 1)
-        await client.drained()
 
 
 # Receiving

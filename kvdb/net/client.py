@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kvdb.commands import dispatch
 from kvdb.net import bulk
-from kvdb.net.file_sender import FileSender
 from kvdb.store.entries import HeldString, StringRef
 from kvdb_protocol.resp import (
     BULK_HEADERS,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvdb")
 _clock = time.perf_counter
 
+_MUTED = -1  # the place of a reply that is not sent
 _TLS_BUFFER_BYTES = 256 * 1024
 _BATCH_BYTES = 128 * 1024  # replies of one batch that are joined before they go to the transport
 _BATCH_REQUESTS = 64  # how many a batch handler is shown at once
@@ -78,7 +78,6 @@ class Client(asyncio.Protocol):
         "gated",
         "id",
         "input_bytes",
-        "is_encrypted",
         "is_monitor",
         "last_bound",
         "last_used",
@@ -118,7 +117,7 @@ class Client(asyncio.Protocol):
         self.parser = RequestParser()
         self.transport: asyncio.Transport  # from connection_made on
         self.task: asyncio.Task[None] | None = None
-        self.cancelled = self.is_encrypted = False
+        self.cancelled = False
         self.last_bound: Bound | None = None
         self.input_bytes = self.output_bytes = 0
         self.channels: dict[bytes, None] = {}
@@ -182,8 +181,8 @@ class Client(asyncio.Protocol):
         transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses of it
         self.transport = transport
         # What the kernel does not take at once is reason to stop; with TLS uvloop would not go on after a limit of 0.
-        self.is_encrypted = transport.get_extra_info("ssl_object") is not None
-        transport.set_write_buffer_limits(high=_TLS_BUFFER_BYTES if self.is_encrypted else 0)
+        is_encrypted = transport.get_extra_info("ssl_object") is not None
+        transport.set_write_buffer_limits(high=_TLS_BUFFER_BYTES if is_encrypted else 0)
         sock = transport.get_extra_info("socket")
         self.fd = sock.fileno() if sock is not None else -1
         self.local = _address(transport.get_extra_info("sockname"))
@@ -503,14 +502,13 @@ class Client(asyncio.Protocol):
         if not self._closing:
             self.transport.write(data)
 
-    def file_sender(self) -> FileSender:
-        """Sends past the transport, which must be `drained`. Raises ConnectionError once the connection is closed."""
-        if self.transport.is_closing():
-            raise ConnectionAbortedError("the connection is closed")
-        return FileSender(self.server.loop, self.server.store.files, self.fd)
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the transport still holds something of what it was given."""
+        return self.transport.get_write_buffer_size() > 0
 
     async def drained(self) -> None:
-        """Wait until the client has read enough for more to be written: without TLS, all."""
+        """Wait until the client has read enough for more to be written."""
         if self._write_paused:
             self._drained = self.server.loop.create_future()
             await self._drained
@@ -520,6 +518,8 @@ class Client(asyncio.Protocol):
             await self.server.keyspace.flush()
         except Exception as error:
             for place in self._pending_writes:
+                if place == _MUTED:
+                    continue
                 reply = self._out[place]
                 if not isinstance(reply, bytes) or not reply.startswith(b"-"):
                     self._out[place] = dispatch.error_reply(self, None, error)
@@ -527,16 +527,15 @@ class Client(asyncio.Protocol):
 
     def _mute_last(self) -> None:
         """CLIENT REPLY OFF and SKIP: drop the reply just made."""
-        if not self._out:
+        if not self._out or (self.replies and not self.skip_replies):
             return
-        if not self.replies:
-            self._out.pop()
-        elif self.skip_replies == 1:
-            self._out.pop()
+        self._out.pop()
+        if self._pending_writes and self._pending_writes[-1] == len(self._out):
+            self._pending_writes[-1] = _MUTED
+        if self.replies and self.skip_replies == 1:
             self.skip_replies = 0
             self.update_gate()
-        elif self.skip_replies == 2:  # the reply to CLIENT REPLY SKIP itself
-            self._out.pop()
+        elif self.replies:  # the reply to CLIENT REPLY SKIP itself
             self.skip_replies = 1
 
     # output ----------------------------------------------------------------------------------------------------

@@ -61,9 +61,6 @@ class Files(Protocol):
     def read_cached(self, fd: int, buffer: Writable, offset: int) -> bool:
         """Fill the buffer if that needs no waiting for a disk; else False, and what is in it means nothing."""
 
-    def send(self, fd: int, offset: int, n_bytes: int, sock: int) -> int:
-        """Send a range, as much as a socket takes now; the bytes sent, 0 at the end of the file."""
-
     def write(self, fd: int, data: Readable, offset: int) -> None:
         """Write all of `data` at `offset`."""
 
@@ -156,10 +153,6 @@ class OsFiles:
             return os.preadv(fd, [view], offset, _NOWAIT) == view.nbytes
         except OSError:
             return False  # not in the page cache, or a file system that cannot tell
-
-    def send(self, fd: int, offset: int, n_bytes: int, sock: int) -> int:
-        """Send a range, as much as a socket takes now; the bytes sent, 0 at the end of the file."""
-        return os.sendfile(sock, fd, offset, n_bytes)
 
     def write(self, fd: int, data: Readable, offset: int) -> None:
         """Write all of `data` at `offset`."""

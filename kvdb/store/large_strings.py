@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from kvdb.store.committer import Committer
-from kvdb.store.entries import PIECE_BYTES, HeldString, LargeValue, StringRef, place_of
+from kvdb.store.entries import HeldString, LargeValue, StringRef, place_of
 from kvdb.store.files import Files
 from kvdb.store.segments import Segments
 from kvdb.store.strings import StringReader, read_string
@@ -28,7 +28,6 @@ class LargeStrings:
         self._files = files
         self._segments = segments
         self._committer = committer
-        self._buffer = bytearray(PIECE_BYTES)  # stays in the processor's cache
 
     def hold(self, ref: StringRef) -> HeldString:
         """Keep a committed string's record from being freed while the object lives."""
@@ -53,14 +52,10 @@ class LargeStrings:
             raise
         return reader
 
-    async def piece(self, reader: StringReader, number: int) -> bytes:
-        """A piece of it, checked. Raises CorruptError."""
-        return await self._pool.run(partial(reader.piece, number))
-
-    async def check(self, reader: StringReader, numbers: range) -> None:
-        """Compare pieces of it with their checksums: they lie in the page cache then. Raises CorruptError."""
-        if not reader.check_cached(numbers, self._buffer):
-            await self._pool.run(partial(reader.check, numbers))
+    async def piece(self, reader: StringReader, number: int, buffer: bytearray) -> bytes | memoryview:
+        """A piece of it, checked; it may lie in `buffer`, of PIECE_BYTES. Raises CorruptError."""
+        piece = reader.cached(number, buffer)
+        return piece if piece is not None else await self._pool.run(partial(reader.piece, number))
 
     def give_back_late(self) -> None:
         """Free what had to wait for a reader that is done now."""

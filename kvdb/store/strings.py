@@ -204,25 +204,14 @@ class StringReader:
         self._check(number, data)
         return data
 
-    def check(self, numbers: range) -> None:
-        """Compare pieces with their checksums. Raises CorruptError."""
-        for number in numbers:
-            self.piece(number)
-
-    def check_cached(self, numbers: range, buffer: bytearray) -> bool:
-        """The same if it need not wait for a disk; False if it must. buffer: PIECE_BYTES. Raises CorruptError."""
-        for number in numbers:
-            offset, n_bytes = self._range(number)
-            data = memoryview(buffer)[:n_bytes]
-            if not self._files.read_cached(self._fd, data, self.ref.offset + HEADER_BYTES + offset):
-                return False
-            self._check(number, data)
-        return True
-
-    def place(self, numbers: range) -> tuple[int, int, int]:
-        """Where pieces lie: descriptor, offset, bytes."""
-        offset, end = numbers.start * PIECE_BYTES, sum(self._range(numbers[-1]))
-        return self._fd, self.ref.offset + HEADER_BYTES + offset, end - offset
+    def cached(self, number: int, buffer: bytearray) -> memoryview | None:
+        """The piece, in `buffer` of PIECE_BYTES, if it can be had without waiting for a disk. Raises CorruptError."""
+        offset, n_bytes = self._range(number)
+        data = memoryview(buffer)[:n_bytes]
+        if not self._files.read_cached(self._fd, data, self.ref.offset + HEADER_BYTES + offset):
+            return None
+        self._check(number, data)
+        return data
 
     def open(self) -> None:
         """Open the segment and check the record's header: comes first. Raises CorruptError.

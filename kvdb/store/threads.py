@@ -31,11 +31,16 @@ class Threads:
             thread.start()
 
     def start(self, call: Call, done: Done) -> None:
-        """Run `call` in a thread, then `done` with its result, or the exception, on the event loop. From any thread."""
+        """Run `call` in a thread, then `done` with its result, or the exception, on the event loop. From any thread.
+
+        Raises RuntimeError after `close`.
+        """
+        if not self._threads:
+            raise RuntimeError("the threads have ended")
         self._calls.put((call, done))
 
     def run(self, call: Callable[[], T]) -> asyncio.Future[T]:
-        """The same, as a future. One that is cancelled before its turn is not run. From the event loop."""
+        """The same, as a future; one that is cancelled before its turn is not run. From the event loop."""
         future: asyncio.Future[T] = self._loop.create_future()
 
         def unless_cancelled() -> T | None:
@@ -49,7 +54,7 @@ class Threads:
             else:
                 future.set_result(result)
 
-        self._calls.put((unless_cancelled, settle))
+        self.start(unless_cancelled, settle)
         return future
 
     def close(self) -> None:

@@ -73,6 +73,27 @@ async def test_no_reply_overtakes_its_commit(server: Server, monkeypatch: pytest
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize("mute", [("OFF",), ("SKIP",)])
+async def test_a_muted_write_that_fails_stops_nobody(
+    server: Server, monkeypatch: pytest.MonkeyPatch, mute: tuple[str]
+) -> None:
+    """Its error belongs to no reply: neither to the next one nor to one that is not there."""
+    streams, _ = await connect(server)
+    streams[1].write(request("CONFIG", "SET", "appendfsync", "always"))
+    assert await streams[0].readline() == b"+OK\r\n"
+
+    async def fail() -> None:
+        raise KvdbError("the disk is gone")
+
+    monkeypatch.setattr(server.keyspace, "flush", fail)
+    streams[1].write(request("CLIENT", "REPLY", *mute) + request("SET", "a", "1") + request("GET", "none"))
+    await asyncio.sleep(0.05)
+    streams[1].write(request("CLIENT", "REPLY", "ON") + request("PING"))
+    wanted = (b"" if mute == ("OFF",) else b"$-1\r\n") + b"+OK\r\n+PONG\r\n"
+    assert await asyncio.wait_for(streams[0].readexactly(len(wanted)), 5) == wanted
+    monkeypatch.undo()
+
+
 async def test_a_large_string_and_what_comes_before_it(server: Server) -> None:
     streams, client = await connect(server)
     other, neighbour = await connect(server)

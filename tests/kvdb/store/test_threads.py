@@ -70,6 +70,8 @@ async def test_closing_waits_for_what_was_asked_for() -> None:
     threads.close()
     assert sorted(done) == list(range(50))
     await asyncio.gather(*futures)
+    with pytest.raises(RuntimeError, match="have ended"):
+        threads.run(lambda: done.append(50))
 
 
 def test_a_loop_that_is_gone_is_no_matter() -> None:

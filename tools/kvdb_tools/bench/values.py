@@ -21,7 +21,7 @@ from kvdb_tools.bench.scenario import Cell, MissingError, Result, Settings
 from kvdb_tools.daemon import Daemon, rss_bytes
 
 MIB = 1 << 20
-SIZES = {1: 50, 16: 10, 256: 3}  # MiB: repetitions a turn
+SIZES = {1: 50, 16: 20, 256: 3}  # MiB: repetitions a turn
 QUICK_SIZES = {1: 10, 4: 3}
 TURNS = 3
 HUGE_MIB, QUICK_HUGE_MIB = 1024, 96
