@@ -6,9 +6,11 @@ import asyncio
 import threading
 import weakref
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
+from kvdb.store.store import Store
 from kvdb.store.threads import Threads
 
 
@@ -80,3 +82,15 @@ def test_a_loop_that_is_gone_is_no_matter() -> None:
     loop.close()
     threads.start(lambda: 1, lambda result, error: None)
     threads.close()
+
+
+async def test_work_between_two_rounds_that_fails_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store.open(tmp_path, loop=asyncio.get_running_loop())
+
+    def fail() -> None:
+        raise OSError(5, "broken")
+
+    store._committer.in_thread(fail)
+    await store.keyspace.flush()
+    assert "work between two rounds failed" in caplog.text and "broken" in caplog.text
+    await store.close()
