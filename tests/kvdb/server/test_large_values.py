@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -307,3 +308,26 @@ def test_damage_is_never_served(start: StartDaemon) -> None:
     assert wire("GET", "good")[1].endswith(BIG)  # type: ignore[union-attr]
     assert wire("DEL", "first", "later") == (":", b"2")
     assert "CORRUPT" in daemon.log()
+
+
+def test_it_ends_while_strings_come_in(start: StartDaemon) -> None:
+    """Those who wait for a commit when it is told to end go on sending until the store is closed."""
+    daemon = start(appendfsync="always")
+    load = request("SET", "a", "1") + request("SET", "k", bytes(40 * MIB))
+
+    def send(wire: Wire) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                wire.raw(load)
+
+    def read(wire: Wire) -> None:
+        with contextlib.suppress(OSError):
+            while wire.sock.recv(65536):
+                pass
+
+    for _ in range(4):
+        wire = daemon.wire()
+        for work in (send, read):
+            threading.Thread(target=work, args=(wire,), daemon=True).start()
+    time.sleep(0.5)
+    assert daemon.stop() == 0
