@@ -14,6 +14,7 @@ import uvloop
 from kvdb import config
 from kvdb.backend import Backend
 from kvdb.errors import KvdbError
+from kvdb.malloc import keep_freed_memory
 from kvdb.net.service import Server
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ _SWITCH_SECONDS = 0.0005
 async def serve(settings: config.Config) -> int:
     """Run a server until it is told to end; returns the exit status."""
     sys.setswitchinterval(_SWITCH_SECONDS)
+    keep_freed_memory()
     server = Server(settings, Backend())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -249,7 +249,7 @@ class Receipt:
         try:
             while not self._is_given_up:
                 if self._has_ended:
-                    await incoming.finish(self._take(), self._string)
+                    await incoming.finish(self._take(), self._string, is_urgent=server.durable_writes)
                     return
                 if self._is_paused or self._n_waiting >= _GATHER_BYTES:
                     await incoming.write(self._take())

@@ -4,7 +4,9 @@ One round is in flight at a time. It takes the keyspace overlay and every item s
 
     1. large strings become records, or are records already; datasync of the
        segments that items wrote to                     a failure fails the items of that segment
-    2. one transaction that runs every item             an item that raises is undone alone (child transaction)
+    2. one transaction that runs every item             an item that raises is undone alone (child transaction).
+                                                         Syncs of strings that someone waits for began when the last
+                                                         byte came, and end before step 3
     3. commit, synced                                    a failure fails every item; the overlay stays in memory.
                                                          On a full disk: once more with the ballast's space, and
                                                          without the items that wrote records
@@ -306,6 +308,7 @@ class Committer:
             sweep(txn, this.work, self._holds)
             # Large strings of this very round may lie in a segment that was reserved after `busy` was taken.
             settle(txn, this.work, this.busy | self._segments.busy())
+            stored.wait()
             txn.commit(self._files.commit)
         except BaseException:
             txn.raw.abort()

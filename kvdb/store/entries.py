@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -92,10 +93,11 @@ class HeldString:
 
     While this object lives the range on disk stays, whatever becomes of the entries that named it. One that was
     received from a client is not committed at first; `ref` is set when its last byte is written. `let_go` is called
-    when nobody needs it any more, in any thread; it must take no lock. Sliced it shows how it begins.
+    when nobody needs it any more, in any thread; it must take no lock. Sliced it shows how it begins. `sync` is its
+    segment's sync, if one was begun ahead of the round that needs it.
     """
 
-    __slots__ = ("_let_go", "created_ms", "head", "is_committed", "n_bytes", "ref")
+    __slots__ = ("_let_go", "created_ms", "head", "is_committed", "n_bytes", "ref", "sync")
 
     def __init__(self, n_bytes: int, head: bytes = b"") -> None:
         self.n_bytes = n_bytes
@@ -103,6 +105,7 @@ class HeldString:
         self.ref: StringRef | None = None
         self.created_ms = 0  # of its segment
         self.is_committed = False
+        self.sync: Future[None] | None = None
         self._let_go: Callable[[bool], object] | None = None
 
     def complete(self, ref: StringRef, created_ms: int, is_committed: bool, let_go: Callable[[bool], object]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from itertools import count
 
@@ -87,9 +88,12 @@ class Incoming:
         """The next bytes. Raises KvdbError."""
         await self._in_thread(partial(self._write, pieces))
 
-    async def finish(self, pieces: Sequence[bytes], string: HeldString) -> None:
-        """The last bytes: `string` stands for all of them now. Raises KvdbError."""
-        await self._in_thread(partial(self._finish, pieces, string))
+    async def finish(self, pieces: Sequence[bytes], string: HeldString, *, is_urgent: bool = False) -> None:
+        """The last bytes: `string` stands for all of them now. Raises KvdbError.
+
+        is_urgent: somebody will wait for its commit, so the sync begins now, while its entry is made.
+        """
+        await self._in_thread(partial(self._finish, pieces, string, is_urgent))
         self._receiver.free(self._writer)
 
     async def abandon(self) -> None:
@@ -108,36 +112,30 @@ class Incoming:
 
     # In a thread from here on.
 
-    def _write(self, pieces: Sequence[bytes]) -> None:
+    def _write(self, pieces: Sequence[bytes], behind: bytes = b"") -> None:
         files, sums = self._files, self._sums
         if self._fd < 0:
             self._fd = files.open(self._reservation.path, write=True)
-        begin = self._reservation.offset + HEADER_BYTES
+        begin = self._reservation.offset + HEADER_BYTES + sums.n_bytes
+        files.write_pieces(self._fd, [*pieces, behind], begin)
+        # The disk works while the bytes are hashed. Whole blocks only: one on its way cannot be written to.
+        end = (begin + sum(map(len, pieces))) // ALIGN * ALIGN
+        if end - self._begun >= WRITEBACK_BYTES:
+            files.start_writeback(self._fd, self._begun, end - self._begun)
+            self._begun = end
         for piece in pieces:
-            files.write(self._fd, piece, begin + sums.n_bytes)
             sums.add(piece)
-            # The disk works while the rest is copied. Whole blocks only: one on its way cannot be written to.
-            end = (begin + sums.n_bytes) // ALIGN * ALIGN
-            if end - self._begun >= WRITEBACK_BYTES:
-                files.start_writeback(self._fd, self._begun, end - self._begun)
-                self._begun = end
         if sums.n_bytes - self._synced >= SYNC_BYTES:
             self._sync()
 
     def _sync(self) -> None:
-        segments, segment = self._receiver.segments, self._reservation.segment_id
-        try:
-            segments.datasync(segment)
-        except OSError:
-            segments.abandon(segment)
-            raise
+        self._receiver.segments.sync_or_abandon(self._reservation.segment_id)
         self._synced = self._sums.n_bytes
 
-    def _finish(self, pieces: Sequence[bytes], string: HeldString) -> None:
-        self._write(pieces)
+    def _finish(self, pieces: Sequence[bytes], string: HeldString, is_urgent: bool) -> None:
+        self._write(pieces, padding(string.n_bytes))
         segments, reservation = self._receiver.segments, self._reservation
         head, ref = self._sums.end(reservation.segment_id, reservation.offset)
-        self._files.write(self._fd, padding(ref.n_bytes), ref.offset + HEADER_BYTES + ref.n_bytes)
         self._files.write(self._fd, head, ref.offset)
         self._close()
         extent = Extent(ref.segment, ref.offset, record_bytes(ref.n_bytes))
@@ -145,6 +143,21 @@ class Incoming:
         let_go = partial(segments.dropped, extent, segments.pins.hold(extent))
         segments.advance(self._writer, reservation, extent.offset + extent.n_bytes)
         string.complete(ref, reservation.created_ms, False, let_go)
+        if is_urgent:
+            string.sync = Future()
+            self._receiver.pool.start(partial(self._sync_ahead, string), _ignore)
+
+    def _sync_ahead(self, string: HeldString) -> None:
+        """Holding the string keeps its segment open until the sync has returned."""
+        assert string.sync is not None and string.ref is not None
+        if not string.sync.set_running_or_notify_cancel():
+            return  # the round was faster
+        try:
+            self._receiver.segments.sync_or_abandon(string.ref.segment)
+        except OSError as error:
+            string.sync.set_exception(error)
+        else:
+            string.sync.set_result(None)
 
     def _abandon(self) -> None:
         if self._fd < 0:
@@ -158,3 +171,8 @@ class Incoming:
     def _close(self) -> None:
         fd, self._fd = self._fd, -1
         self._files.close(fd)
+
+
+def _ignore(_: object, error: BaseException | None) -> None:
+    """The sync's result is in the string."""
+    assert error is None, error

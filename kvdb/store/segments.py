@@ -230,6 +230,14 @@ class Segments:
             raise OSError(5, f"segment {segment_name(segment_id)} was given up after a failed sync")
         self._files.datasync(fd)
 
+    def sync_or_abandon(self, segment_id: int) -> None:
+        """Make a segment's bytes durable; after a failure, OSError, nothing is appended to it any more."""
+        try:
+            self.datasync(segment_id)
+        except OSError:
+            self.abandon(segment_id)
+            raise
+
     def abandon(self, segment_id: int) -> None:
         """Never append to this segment again in this process."""
         log.error("sync of segment %s failed: its uncommitted part is given up", segment_name(segment_id))

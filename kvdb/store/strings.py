@@ -8,6 +8,7 @@ there for its round, which syncs the segment first. A record may belong to sever
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,11 +94,12 @@ def write_record(files: Files, fd: int, reservation: Reservation, offset: int, p
 
 @dataclass(slots=True)
 class Stored:
-    """Strings of a round that are durable. refs: None for one that was lost. ends: committed lengths by segment."""
+    """Strings of a round. refs: None for one that was lost. ends: committed lengths by segment. syncs: to wait for."""
 
     refs: dict[tuple[int, bytes], StringRef | None] = field(default_factory=dict)
     ends: dict[int, tuple[int, int]] = field(default_factory=dict)
     fresh: list[HeldString] = field(default_factory=list)
+    syncs: list[Future[None]] = field(default_factory=list)
     reservation: Reservation | None = None
     end: int = 0
 
@@ -106,12 +108,18 @@ class Stored:
         if end > self.ends.get(segment, (0, 0))[0]:
             self.ends[segment] = (end, created_ms)
 
+    def wait(self) -> None:
+        """Wait until all bytes are on the disk. Raises OSError."""
+        for sync in self.syncs:
+            sync.result()
+
 
 def store_strings(segments: Segments, files: Files, strings: Sequence[LargeString]) -> Stored:
     """Make the large strings of a round durable: write those in memory, sync those that were received into segments.
 
-    Raises OSError. After a failed sync the segment is given up: what was received into it is copied by the next round,
-    checked, since the bytes that could not be synced may be lost.
+    Syncs that are under way already are left to Stored.wait. Raises OSError. After a failed sync the segment is given
+    up: what was received into it is copied by the next round, checked, since the bytes that could not be synced may be
+    lost.
     """
     stored = Stored()
     unwritten: list[LargeString] = []
@@ -131,15 +139,14 @@ def store_strings(segments: Segments, files: Files, strings: Sequence[LargeStrin
         segments.pins.reclaim(Extent(ref.segment, ref.offset, record_bytes(ref.n_bytes)))
         if not value.is_committed:
             stored.fresh.append(value)
-            unsynced.add(ref.segment)
+            if value.sync is not None and not value.sync.cancel():
+                stored.syncs.append(value.sync)
+            else:
+                unsynced.add(ref.segment)
     if unwritten:
         unsynced.add(_write_strings(segments, files, unwritten, stored))
     for segment in unsynced:
-        try:
-            segments.datasync(segment)
-        except OSError:
-            segments.abandon(segment)
-            raise
+        segments.sync_or_abandon(segment)
     return stored
 
 

@@ -6,7 +6,7 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +70,11 @@ class FailingFiles(OsFiles):
             super().write(fd, memoryview(data)[: len(data) // 2], offset)  # a full disk takes what fits
             raise
         super().write(fd, data, offset)
+
+    def write_pieces(self, fd: int, pieces: Sequence[Readable], offset: int) -> None:
+        for piece in pieces:
+            self.write(fd, piece, offset)
+            offset += len(piece)
 
     def datasync(self, fd: int) -> None:
         self._called("datasync")
@@ -168,6 +173,11 @@ class LoggingFiles(OsFiles):
     def write(self, fd: int, data: Readable, offset: int) -> None:
         super().write(fd, data, offset)
         self._add(Event("write", self._paths[fd], offset, bytes(data)))
+
+    def write_pieces(self, fd: int, pieces: Sequence[Readable], offset: int) -> None:
+        for piece in pieces:
+            self.write(fd, piece, offset)
+            offset += len(piece)
 
     def truncate(self, fd: int, n_bytes: int) -> None:
         super().truncate(fd, n_bytes)

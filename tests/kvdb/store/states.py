@@ -181,14 +181,14 @@ def read_entry(store: Store, key: bytes, db: int = 0) -> Entry | None:
     return entry
 
 
-async def receive(store: Store, value: bytes, piece_bytes: int = 70_000) -> HeldString:
+async def receive(store: Store, value: bytes, piece_bytes: int = 70_000, *, is_urgent: bool = False) -> HeldString:
     """Bring a string into a segment as a client's upload does; it is not committed yet."""
     held = HeldString(len(value))
     incoming = await store.receiver.begin(len(value))
     try:
         for at in range(0, len(value), piece_bytes):
             await incoming.write([value[at : at + piece_bytes]])
-        await incoming.finish([], held)
+        await incoming.finish([], held, is_urgent=is_urgent)
     except BaseException:
         await incoming.abandon()
         raise

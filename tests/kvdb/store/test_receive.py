@@ -6,7 +6,8 @@ import asyncio
 import errno
 import gc
 import os
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgpack
@@ -42,8 +43,11 @@ def findings(folder: Path) -> list[object]:
     return list(found)
 
 
-async def put(store: Store, key: bytes, value: bytes) -> None:
-    store.keyspace.put(0, key, Entry(EntryType.STRING, 0, await receive(store, value)))
+async def put(store: Store, key: bytes, value: bytes, *, is_urgent: bool = False) -> None:
+    store.keyspace.put(0, key, Entry(EntryType.STRING, 0, await receive(store, value, is_urgent=is_urgent)))
+
+
+sooner_or_later = pytest.mark.parametrize("is_urgent", [False, True])
 
 
 @pytest.fixture
@@ -207,13 +211,14 @@ async def test_a_full_disk_refuses_the_string_only(tmp_path: Path, call: str) ->
     assert findings(tmp_path) == []
 
 
-async def test_a_failed_sync_is_reported_and_the_string_is_saved_elsewhere(tmp_path: Path) -> None:
+@sooner_or_later
+async def test_a_failed_sync_is_reported_and_the_string_is_saved_elsewhere(tmp_path: Path, is_urgent: bool) -> None:
     files = FailingFiles()
     store = await open_store(tmp_path, files)
     await put(store, b"k", OTHER)
     await store.keyspace.flush()
-    await put(store, b"k", BIG)
     files.fail("datasync", times=1)
+    await put(store, b"k", BIG, is_urgent=is_urgent)
     await store.keyspace.flush()  # the bytes were still there: written again, elsewhere, and synced
     assert sorted(store._segments._abandoned) == [1]
     entry = store.keyspace.get(0, b"k")
@@ -238,19 +243,73 @@ class DroppingFiles(FailingFiles):
             raise
 
 
-async def test_a_string_that_a_failed_sync_lost_leaves_the_old_value(tmp_path: Path) -> None:
+@sooner_or_later
+async def test_a_string_that_a_failed_sync_lost_leaves_the_old_value(tmp_path: Path, is_urgent: bool) -> None:
     files = DroppingFiles()
     store = await open_store(tmp_path, files)
     await put(store, b"k", OTHER)
     await store.keyspace.flush()
-    await put(store, b"k", BIG)
-    store.keyspace.put(0, b"small", string(b"x"))
     files.fail("datasync", times=1)
+    await put(store, b"k", BIG, is_urgent=is_urgent)
+    store.keyspace.put(0, b"small", string(b"x"))
     with pytest.raises(MisconfError, match="lost by a failed sync"):
         await store.keyspace.flush()
     assert read_entry(store, b"k") == string(OTHER)
     assert read_entry(store, b"small") == string(b"x")
     await store.keyspace.flush()
+    await store.close()
+    assert findings(tmp_path) == []
+
+
+class SlowFiles(FailingFiles):
+    """A sync takes until it is allowed to end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_end = threading.Event()
+        self.may_end.set()
+
+    def datasync(self, fd: int) -> None:
+        super().datasync(fd)
+        assert self.may_end.wait(10)
+
+
+async def test_an_urgent_string_is_synced_once_and_before_its_commit(tmp_path: Path) -> None:
+    files = SlowFiles()
+    store = await open_store(tmp_path, files)
+    await put(store, b"first", OTHER)
+    await store.keyspace.flush()
+    files.calls.clear()
+    files.may_end.clear()
+    await put(store, b"k", BIG, is_urgent=True)
+    durable = asyncio.ensure_future(store.keyspace.flush())
+    await asyncio.sleep(0.1)
+    assert "commit" not in files.calls and not durable.done()
+    files.may_end.set()
+    await durable
+    assert [call for call in files.calls if call in ("datasync", "commit")] == ["datasync", "commit"]
+    assert read_entry(store, b"k") == string(BIG)
+    await store.close()
+    assert findings(tmp_path) == []
+
+
+async def test_a_round_does_not_wait_for_a_sync_that_has_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = FailingFiles()
+    store = await open_store(tmp_path, files)
+    late: list[Callable[[], object]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(store.receiver.pool, "run", lambda call: store._committer._thread.run(call))
+        patch.setattr(store.receiver.pool, "start", lambda call, done: late.append(call))
+        await put(store, b"k", BIG, is_urgent=True)
+    files.calls.clear()
+    await store.keyspace.flush()
+    assert [call for call in files.calls if call in ("datasync", "commit")] == ["datasync", "commit"]
+    late[0]()  # its turn comes now
+    assert files.calls.count("datasync") == 1
+    assert read_entry(store, b"k") == string(BIG)
+    late.clear()
     await store.close()
     assert findings(tmp_path) == []
 

@@ -1,0 +1,25 @@
+"""Keeps the C library from returning memory to the system that the next request needs again."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# <malloc.h> of glibc
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+# Freed memory that is kept, and the size from which an object gets pages of its own, given back when it is freed.
+KEPT_BYTES = 4 << 20
+OWN_PAGES_BYTES = 1 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Keep up to KEPT_BYTES of freed memory; False where the C library has no such setting.
+
+    glibc begins by giving back all above 128 KiB. A value of a megabyte then costs 250 page faults and their opposite,
+    a fifth of a durable SET on a virtual machine.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)) and bool(mallopt(_M_MMAP_THRESHOLD, OWN_PAGES_BYTES))
