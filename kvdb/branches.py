@@ -13,7 +13,7 @@ from kvdb.errors import BusyKeyError, KvdbError, NoEngineError, WrongModelError
 from kvdb.session import Session, ids_array
 from kvdb.sessions import Sessions
 from kvdb.store.entries import Entry, EntryType, SessionValue, SnapshotValue
-from kvdb.timelines import share_state, stand_beside
+from kvdb.timelines import share_soon, stand_beside
 from kvdb_engine.catalog import ModelInfo
 
 Reply = dict[str, Any]
@@ -88,7 +88,7 @@ async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes
                 made.append(secrets.token_bytes(16))
                 value = SessionValue(made[-1], record.fingerprint, record.id, record.n_tokens, lineage=record.id)
                 sessions.keyspace.put(db, dest, Entry(EntryType.SESSION, 0, value))
-        durable = asyncio.ensure_future(sessions.keyspace.flush())
+        durable = sessions.keyspace.flush()
     else:
         async with sessions.use(db, source) as origin:
             _check_free(sessions, db, dests)
@@ -97,14 +97,10 @@ async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes
             for session in new:
                 stand_beside(sessions, origin, session)
             made += [session.uid for session in new]
-            # The worker copies the states while the disk takes the names.
-            durable = asyncio.ensure_future(sessions.keyspace.flush())
-            try:
-                for session in new:
-                    await share_state(origin, session)
-            except BaseException:
-                durable.cancel()
-                raise
+            durable = sessions.keyspace.flush()
+            # The worker, which may be in the middle of a prefill, copies the states when it can.
+            for session in new:
+                await share_soon(sessions, origin, session)
     try:
         await durable
     except KvdbError:

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from kvdb.errors import BusyError, CancelledError, CorruptError, EngineDownError, KvdbError, NoEngineError, NoSpaceError
@@ -270,6 +270,10 @@ class EngineClient:
         Raises what the worker reports, or EngineDownError when it ends.
         """
         await self.start()
+        return await self.ask(op, on_event, **fields)
+
+    def ask(self, op: str, on_event: EventHandler | None = None, **fields: Any) -> Coroutine[Any, Any, Message]:
+        """The same of a worker that is up: the request is sent when this returns, ahead of all that are made later."""
         if self._writer is None:
             raise EngineDownError("the engine worker ended; retry: the session resumes from its snapshot")
         if op in CANCELLABLE:
@@ -284,6 +288,9 @@ class EngineClient:
         self._requests[number] = _Request(op, fields.get("sid"), future, on_event)
         self.last_used = time.monotonic()
         self._writer.write(frame)
+        return self._answer(number, op, future)
+
+    async def _answer(self, number: int, op: str, future: asyncio.Future[Message]) -> Message:
         try:
             return await finish(future, on_cancel=lambda: self._cancel(number) if op in CANCELLABLE else None)
         finally:

@@ -10,6 +10,7 @@ Small entries that were read or committed lately are kept decoded in `_clean`: i
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import logging
 import random
@@ -492,9 +493,9 @@ class Keyspace:
         """Whether something waits for a commit."""
         return bool(self._active) or self._frozen is not None
 
-    async def flush(self) -> None:
+    def flush(self) -> asyncio.Future[None]:
         """Everything changed so far becomes durable; raises what the commit failed with."""
-        await self._committer.flush()
+        return self._committer.flush()
 
     def flush_soon(self) -> None:
         """Begin to make changes durable and to give back what is not needed. The owner calls this every second."""

@@ -15,8 +15,9 @@ import secrets
 import time
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,7 @@ class Sessions:
         self.open: dict[bytes, Session] = {}
         self.being_stored: Counter[tuple[int, bytes]] = Counter()  # keys that snapshots are on the way to
         self._store_state = store_state
+        self._background: set[asyncio.Task[None]] = set()
 
     # -- models -------------------------------------------------------------------------------------------------------
 
@@ -296,6 +298,12 @@ class Sessions:
                 if not client.pending:
                     await client.stop()
 
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin what no command waits for; it must end by itself when the worker does."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
     def stop_work(self) -> None:
         """The daemon is about to end: stop prefills and generations at their next border, and begin no new ones."""
         for model in self.models.values():
@@ -308,3 +316,5 @@ class Sessions:
         for model in self.models.values():
             await self.park(model, Reason.SHUTDOWN)
             await model.client.stop()
+        if self._background:
+            await asyncio.wait(self._background)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from kvdb.session import Model, Session
 from kvdb.sessions import Sessions
 from kvdb_engine.sampling import Sampling
 from kvdb_protocol.frames import Message
+
+log = logging.getLogger("kvdb.sessions")
 
 OnProgress = Callable[[int, int], None]
 OnToken = Callable[[int], None]
@@ -146,13 +149,46 @@ def stand_beside(sessions: Sessions, origin: Session, session: Session) -> None:
 
 async def share_state(origin: Session, session: Session) -> None:
     """Give `session`, which stands beside `origin`, a copy of its live state, if it has one."""
-    if origin.is_resident:
-        generation = origin.generation
+    if (copy := _begin_copy(origin, session)) is not None:
+        await copy
+
+
+async def share_soon(sessions: Sessions, origin: Session, session: Session) -> None:
+    """The same while the caller goes on: `session`, which is new, is in use, its lock held, until it is done.
+
+    The origin may move on as soon as its own lock is free: the worker keeps the order of what it is asked.
+    """
+    if (copy := _begin_copy(origin, session)) is None:
+        return
+    await session.lock.acquire()  # nobody has it yet, so nothing else runs meanwhile
+
+    async def share() -> None:
         try:
-            await origin.model.client.call("open", sid=session.uid, source=origin.uid, places=None)
+            await copy
+        except KvdbError as error:
+            # As without a worker: base and journal name every token.
+            log.warning("session %s gets no copy of a live state: %s", session.uid.hex(), error)
+        finally:
+            session.lock.release()
+
+    sessions.in_background(share())
+
+
+def _begin_copy(origin: Session, session: Session) -> Coroutine[Any, Any, None] | None:
+    """Ask the worker for a copy of a live state, if there is one; it is there when the result was awaited."""
+    if not origin.is_resident:
+        return None
+    generation = origin.generation
+    copied = origin.model.client.ask("open", sid=session.uid, source=origin.uid, places=None)
+
+    async def wait() -> None:
+        try:
+            await copied
         except EngineDownError:
             return  # the worker went away: the state is rebuilt from base and journal on first use
         session.generation = generation
+
+    return wait()
 
 
 async def feed(sessions: Sessions, session: Session, ids: array[int], on_progress: OnProgress | None = None) -> None:

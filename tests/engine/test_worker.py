@@ -107,5 +107,19 @@ def test_a_prefill_that_runs_out_of_memory_ends_alone(client: Client) -> None:
     assert client.call("extend", sid=B, ids=IDS[2000:].tobytes())["tokens"] == len(IDS)
 
 
+def test_a_source_is_copied_before_it_is_opened_anew(client: Client) -> None:
+    client.open(A)
+    client.call("extend", sid=A, ids=IDS[:100].tobytes())
+    # In one piece, so that the worker accepts all of them before it begins one; the busy session keeps its place.
+    requests: list[dict[str, Any]] = [
+        {"op": "extend", "id": 100, "sid": A, "ids": b""},
+        {"op": "open", "id": 101, "sid": B, "source": A, "places": None},
+        {"op": "open", "id": 102, "sid": A, "source": None, "places": None},
+        {"op": "extend", "id": 103, "sid": A, "ids": IDS[:7].tobytes()},
+    ]
+    client.sock.sendall(b"".join(map(encode_frame, requests)))
+    assert [client.end_of(number)["tokens"] for number in (101, 102, 103)] == [100, 0, 7]
+
+
 def test_an_unknown_request_is_refused(client: Client) -> None:
     assert "no request 'dance'" in client.call("dance")["message"]

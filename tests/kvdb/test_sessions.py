@@ -8,7 +8,7 @@ import errno
 import signal
 import threading
 from array import array
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from kvdb.store.store import Store
 from kvdb.storing import Background, store_state
 from kvdb_engine.catalog import open_model
 from kvdb_engine.sampling import Sampling
+from kvdb_protocol.frames import Message
 
 SPEC = "synthetic:dsv4-nano,page_tokens=128"
 DB = 0
@@ -386,6 +387,76 @@ async def test_branches_that_are_live_count_against_the_cache(sessions: Sessions
     for name in names:
         await timelines.extend(sessions, DB, name, array("I", [5]))
     assert sessions.model().client.resident_bytes <= 4 * n_bytes
+
+
+def stop_worker(sessions: Sessions) -> Callable[[], None]:
+    """The worker is in the middle of something, until what is returned is called."""
+    process = sessions.model().client.process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    return lambda: process.send_signal(signal.SIGCONT)
+
+
+async def test_fork_does_not_wait_for_a_busy_engine(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    go_on = stop_worker(sessions)
+    assert await asyncio.wait_for(branches.fork(sessions, DB, b"s", [b"a", b"b"]), 10) == 2
+    # The origin moves on, and is even put elsewhere, before the worker has made the copies.
+    moved = asyncio.create_task(timelines.extend(sessions, DB, b"s", array("I", [5, 6])))
+    used = asyncio.create_task(timelines.extend(sessions, DB, b"a", array("I", [7])))
+    await turns(5)
+    assert not moved.done() and not used.done()
+    go_on()
+    await asyncio.gather(moved, used)
+    for name, ids in ((b"s", [*prompt(300), 5, 6]), (b"a", [*prompt(300), 7]), (b"b", prompt(300))):
+        assert (await sessions.get(DB, name)).is_resident
+        assert await logits(sessions, name) == await fresh_logits(sessions, array("I", ids))
+
+
+async def test_what_comes_right_behind_a_fork_does_not_get_into_the_branch(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    await asyncio.gather(
+        branches.fork(sessions, DB, b"s", [b"a"]),
+        timelines.extend(sessions, DB, b"s", array("I", [5])),
+        branches.fork(sessions, DB, b"s", [b"b"]),
+        timelines.extend(sessions, DB, b"s", array("I", [6])),
+    )
+    for name, ids in ((b"s", [5, 6]), (b"a", []), (b"b", [5])):
+        assert await logits(sessions, name) == await fresh_logits(sessions, array("I", [*prompt(300), *ids]))
+
+
+async def test_a_branch_whose_engine_dies_before_the_copy_is_computed_again(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    stop_worker(sessions)
+    await branches.fork(sessions, DB, b"s", [b"a"])
+    sessions.model().client.kill()
+    assert await logits(sessions, b"a") == await fresh_logits(sessions, prompt(300))
+
+
+async def test_a_copy_that_the_engine_refuses_costs_only_time(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await prefill(sessions, b"s", prompt(300))
+
+    async def refuse() -> Message:
+        raise KvdbError("engine worker: MemoryError")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions.model().client, "ask", lambda *_, **__: refuse())
+        await branches.fork(sessions, DB, b"s", [b"a"])
+        await turns(3)
+    assert "gets no copy of a live state: engine worker: MemoryError" in caplog.text
+    assert not (await sessions.get(DB, b"a")).is_resident
+    assert await logits(sessions, b"a") == await fresh_logits(sessions, prompt(300))
+
+
+async def test_the_end_waits_for_copies_under_way(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    go_on = stop_worker(sessions)
+    await branches.fork(sessions, DB, b"s", [b"a"])
+    asyncio.get_running_loop().call_later(0.1, go_on)
+    await sessions.close()
+    assert not sessions._background and not sessions.open[(await sessions.get(DB, b"a")).uid].lock.locked()
 
 
 async def test_fork_does_not_overwrite_a_key_that_appears_meanwhile(
