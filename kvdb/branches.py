@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from array import array
@@ -78,9 +77,8 @@ async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes
     if len(set(dests)) < len(dests):
         raise KvdbError("the same destination is named twice")
     _check_free(sessions, db, dests)
-    made: list[bytes] = []
-    durable: asyncio.Future[None]
     if isinstance(found.value, SnapshotValue):
+        made: list[bytes] = []
         with sessions.store.hold(found.value.id) as record:
             sessions.model_of(record.fingerprint)  # a branch that no model can continue is refused here
             # One small record a branch: token ids are read when a branch is first used, not here.
@@ -88,27 +86,34 @@ async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes
                 made.append(secrets.token_bytes(16))
                 value = SessionValue(made[-1], record.fingerprint, record.id, record.n_tokens, lineage=record.id)
                 sessions.keyspace.put(db, dest, Entry(EntryType.SESSION, 0, value))
-        durable = sessions.keyspace.flush()
-    else:
-        async with sessions.use(db, source) as origin:
-            _check_free(sessions, db, dests)
-            # All names first: nobody can take one while the states are copied.
-            new = [sessions.create(db, dest, origin.model) for dest in dests]
+        await _make_durable(sessions, made)
+        return len(dests)
+    async with sessions.use(db, source) as origin:
+        _check_free(sessions, db, dests)
+        new = [sessions.create(db, dest, origin.model) for dest in dests]
+        for session in new:
+            stand_beside(sessions, origin, session)
+            await session.lock.acquire()  # it is new: this does not wait, and nobody uses it before it has its state
+        try:
+            await _make_durable(sessions, [session.uid for session in new])
+        except BaseException:
             for session in new:
-                stand_beside(sessions, origin, session)
-            made += [session.uid for session in new]
-            durable = sessions.keyspace.flush()
-            # The worker, which may be in the middle of a prefill, copies the states when it can.
-            for session in new:
-                await share_soon(sessions, origin, session)
+                session.lock.release()
+            raise
+        for session in new:
+            share_soon(sessions, origin, session)
+    return len(dests)
+
+
+async def _make_durable(sessions: Sessions, made: Sequence[bytes]) -> None:
+    """Commit new names of sessions; they are taken back if that fails."""
     try:
-        await durable
+        await sessions.keyspace.flush()
     except KvdbError:
         for uid in made:
             if (place := sessions.keyspace.session_place(uid)) is not None:
                 sessions.keyspace.delete(*place[:2])
         raise
-    return len(dests)
 
 
 def _check_free(sessions: Sessions, db: int, dests: Sequence[bytes]) -> None:

@@ -153,14 +153,14 @@ async def share_state(origin: Session, session: Session) -> None:
         await copy
 
 
-async def share_soon(sessions: Sessions, origin: Session, session: Session) -> None:
-    """The same while the caller goes on: `session`, which is new, is in use, its lock held, until it is done.
+def share_soon(sessions: Sessions, origin: Session, session: Session) -> None:
+    """The same while the caller goes on: then the lock of `session`, which the caller has, is let go.
 
     The origin may move on as soon as its own lock is free: the worker keeps the order of what it is asked.
     """
     if (copy := _begin_copy(origin, session)) is None:
+        session.lock.release()
         return
-    await session.lock.acquire()  # nobody has it yet, so nothing else runs meanwhile
 
     async def share() -> None:
         try:
