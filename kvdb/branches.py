@@ -151,7 +151,9 @@ async def rewind_tokens(sessions: Sessions, db: int, name: bytes, n_tokens: int)
         if n_tokens < session.n_tokens:
             ids = session.ids[:n_tokens]
             info, store = session.model.info, sessions.store
-            match = store.longest_prefix(info.family, info.fingerprint, ids.tobytes(), cross_quant=sessions.cross_quant)
+            match = await store.longest_prefix(
+                info.family, info.fingerprint, ids.tobytes(), cross_quant=sessions.cross_quant
+            )
             # The whole timeline at once: should the engine fail now, it is computed on its next use.
             if match is not None:
                 with store.hold(match.snapshot_id):

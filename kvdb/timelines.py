@@ -52,7 +52,7 @@ async def prefill(
         raise KvdbError("the prompt is empty: give at least one token")
     # What is needed is looked for before the old timeline is given up.
     own = await sessions.get(db, name) if _is_of(sessions, db, name, model) else None
-    found = find_reuse(sessions, model, own, ids, reuse)
+    found = await find_reuse(sessions, model, own, ids, reuse)
     if reuse != "ONLY" and found.n_tokens < len(ids):
         await model.client.start()
         model.client.admit()
@@ -88,7 +88,7 @@ def _is_of(sessions: Sessions, db: int, name: bytes, model: Model) -> bool:
 async def _take_longest(sessions: Sessions, session: Session, ids: array[int], reuse: str) -> Reuse:
     """Put the session on the longest prefix of `ids` at hand."""
     while True:
-        found = find_reuse(sessions, session.model, session, ids, reuse)
+        found = await find_reuse(sessions, session.model, session, ids, reuse)
         if found.live is session:
             return found
         if found.live is not None:
@@ -105,11 +105,18 @@ async def _take_longest(sessions: Sessions, session: Session, ids: array[int], r
             continue  # deleted between the lookup and here: look again
 
 
-def find_reuse(sessions: Sessions, model: Model, own: Session | None, ids: array[int], reuse: str) -> Reuse:
-    """The longest prefix at hand; what is live wins a tie, because it costs nothing. Raises KvdbError for ONLY."""
+async def find_reuse(sessions: Sessions, model: Model, own: Session | None, ids: array[int], reuse: str) -> Reuse:
+    """The longest prefix at hand; what is live wins a tie, because it costs nothing. Raises KvdbError for ONLY.
+
+    A live session that is found may be used until the caller awaits.
+    """
     best = Reuse("none", 0)
     if reuse == "NO":
         return best
+    info = model.info
+    match = await sessions.store.longest_prefix(
+        info.family, info.fingerprint, ids.tobytes(), cross_quant=sessions.cross_quant
+    )
     if own is not None and own.n_tokens and _begins_with(ids, own.ids):
         best = Reuse("live", own.n_tokens, own)
     for other in sessions.open.values():
@@ -117,10 +124,6 @@ def find_reuse(sessions: Sessions, model: Model, own: Session | None, ids: array
         # A session whose key is gone may stand on a base that is gone too.
         if is_usable and other.n_tokens > best.n_tokens and _begins_with(ids, other.ids) and sessions.is_named(other):
             best = Reuse("live", other.n_tokens, other)
-    info = model.info
-    match = sessions.store.longest_prefix(
-        info.family, info.fingerprint, ids.tobytes(), cross_quant=sessions.cross_quant
-    )
     if match is not None and match.n_tokens > best.n_tokens:
         best = Reuse("stored", match.n_tokens, snapshot=match.snapshot_id)
     if reuse == "ONLY" and not best.n_tokens:

@@ -416,7 +416,7 @@ async def prefix(client: Client, raw: list[bytes]) -> Reply:
     model = server.sessions.model(options[b"MODEL"].decode(errors="replace") if b"MODEL" in options else None)
     ids = await prompt_ids(model, prompt, raw, is_start=True)
     server.sessions.check_ids(model, ids)
-    found = server.store.longest_prefix(
+    found = await server.store.longest_prefix(
         model.info.family, model.info.fingerprint, ids.tobytes(), cross_quant=server.sessions.cross_quant
     )
     if found is None:

@@ -66,6 +66,9 @@ log = logging.getLogger("kvdb.store")
 T = TypeVar("T")
 
 READER_THREADS = 4
+# A prompt of so many bytes of ids is looked up in a thread: others need not wait for it. The way there and back takes
+# longer than looking up a shorter one.
+LONG_PROMPT_BYTES = 64 << 10
 MATCH_HOLD_S = 1.0
 USES_EVERY_S = 60.0
 IMPORTER = "import"
@@ -478,24 +481,35 @@ class Store:
         with self.hold(snapshot_id):
             return await self._pool.run(read)
 
-    def longest_prefix(self, family: bytes, fingerprint: bytes, ids: bytes, *, cross_quant: bool) -> Match | None:
+    async def longest_prefix(self, family: bytes, fingerprint: bytes, ids: bytes, *, cross_quant: bool) -> Match | None:
         """The longest stored prefix of a prompt (u32 little-endian ids).
 
         The snapshot is held for MATCH_HOLD_S, so that the caller can hold it longer or make it a session's base.
         """
         gone: set[bytes] = set()
-        while True:
+
+        def search() -> Match | None:
             with self._index.read() as txn:
-                match = longest_prefix(txn, family, fingerprint, ids, cross_quant, lambda found: found not in gone)
-            if match is None:
-                return None
-            try:
-                self._holds.hold(match.snapshot_id)
-            except SnapshotGoneError:
-                gone.add(match.snapshot_id)  # the round that is running frees it
-                continue
-            self._loop.call_later(MATCH_HOLD_S, self._unhold, match.snapshot_id)
-            return match
+                return longest_prefix(txn, family, fingerprint, ids, cross_quant, lambda found: found not in gone)
+
+        while True:
+            match = search() if len(ids) < LONG_PROMPT_BYTES else await self._pool.run(search)
+            if match is None or self._hold_match(match.snapshot_id):
+                return match
+            gone.add(match.snapshot_id)  # deleted since it was found
+
+    def _hold_match(self, snapshot_id: bytes) -> bool:
+        try:
+            self._holds.hold(snapshot_id)
+        except SnapshotGoneError:
+            return False  # the round that is running frees it
+        with self._index.read() as txn:
+            exists = txn.snapshot(snapshot_id) is not None  # or a round has freed it
+        if exists:
+            self._loop.call_later(MATCH_HOLD_S, self._unhold, snapshot_id)
+        else:
+            self._unhold(snapshot_id)
+        return exists
 
     def _unhold(self, snapshot_id: bytes) -> None:
         if self._holds.release(snapshot_id) and not self._is_closed:

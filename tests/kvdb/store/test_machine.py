@@ -228,7 +228,7 @@ class StoreMachine(RuleBasedStateMachine):
         ids = tuple(tokens(n, seed))
         stored = {value for kind, value in self.model.values() if kind != "string"}
         fitting = [len(value) for value in stored if ids[: len(value)] == value]  # type: ignore[arg-type,misc]
-        match = self.store.longest_prefix(FAMILY, FINGERPRINT, pack_ids(ids), cross_quant=True)
+        match = self.run(self.store.longest_prefix(FAMILY, FINGERPRINT, pack_ids(ids), cross_quant=True))
         # What a running hold keeps alive may be found although no key names it any more.
         assert (match.n_tokens if match else 0) >= max(fitting, default=0)
 

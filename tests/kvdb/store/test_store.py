@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from kvdb.errors import CorruptError, KvdbError, SnapshotGoneError, StalePagesError, WrongModelError
 from kvdb.store.entries import Entry, EntryType, SessionValue
+from kvdb.store.lookup import Match, longest_prefix
 from kvdb.store.read import RecordPlace
 from kvdb.store.store import Store
 from kvdb_protocol.record import HEADER_BYTES, SEGMENT_HEADER_BYTES, encode_header
@@ -334,18 +336,68 @@ async def test_the_longest_prefix_wins(store: Store) -> None:
         await put_snapshot(store, b"k%d" % n, ids[:n])
     await put_snapshot(store, b"other", [*ids[: 3 * PAGE], 1, 2, 3, 4])
 
-    def longest(prompt: list[int]) -> int:
-        match = store.longest_prefix(FAMILY, FINGERPRINT, pack_ids(prompt), cross_quant=True)
+    async def longest(prompt: list[int]) -> int:
+        match = await store.longest_prefix(FAMILY, FINGERPRINT, pack_ids(prompt), cross_quant=True)
         return match.n_tokens if match else 0
 
-    assert longest(ids) == 3 * PAGE + 1
-    assert longest(ids[: 3 * PAGE]) == PAGE + 7
-    assert longest(ids[: PAGE + 6]) == PAGE
-    assert longest(ids[:PAGE]) == PAGE
-    assert longest(ids[: PAGE - 1]) == 3
-    assert longest(ids[:2]) == 0
-    assert longest([*ids[:10], 63, *ids[11:]]) == 3
-    assert longest([]) == 0
+    assert await longest(ids) == 3 * PAGE + 1
+    assert await longest(ids[: 3 * PAGE]) == PAGE + 7
+    assert await longest(ids[: PAGE + 6]) == PAGE
+    assert await longest(ids[:PAGE]) == PAGE
+    assert await longest(ids[: PAGE - 1]) == 3
+    assert await longest(ids[:2]) == 0
+    assert await longest([*ids[:10], 63, *ids[11:]]) == 3
+    assert await longest([]) == 0
+
+
+class Stopping:
+    """The search of the store stops when it has found something, until it may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.has_found, self.may_go_on = threading.Event(), threading.Event()
+        monkeypatch.setattr("kvdb.store.store.longest_prefix", self.search)
+        monkeypatch.setattr("kvdb.store.store.LONG_PROMPT_BYTES", 0)
+
+    def search(self, *args: object) -> Match | None:
+        match = longest_prefix(*args)  # type: ignore[arg-type]
+        self.has_found.set()
+        assert self.may_go_on.wait(10)
+        return match
+
+
+async def find(store: Store, ids: list[int]) -> int:
+    match = await store.longest_prefix(FAMILY, FINGERPRINT, pack_ids(ids), cross_quant=True)
+    return match.n_tokens if match else 0
+
+
+async def test_nobody_waits_for_the_lookup_of_a_long_prompt(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = tokens(2 * PAGE)
+    await put_snapshot(store, b"k", ids)
+    stopping = Stopping(monkeypatch)
+    task = asyncio.create_task(find(store, ids))
+    while not stopping.has_found.is_set():
+        await asyncio.sleep(0.001)
+    await put_snapshot(store, b"l", ids[:PAGE])
+    assert not task.done()
+    stopping.may_go_on.set()
+    assert await task == 2 * PAGE
+
+
+async def test_what_is_freed_between_lookup_and_hold_is_not_found(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokens(2 * PAGE)
+    await put_snapshot(store, b"long", ids)
+    await put_snapshot(store, b"short", ids[: PAGE + 3])
+    stopping = Stopping(monkeypatch)
+    task = asyncio.create_task(find(store, ids))
+    while not stopping.has_found.is_set():
+        await asyncio.sleep(0.001)
+    store.keyspace.delete(0, b"long")
+    await store.keyspace.flush()
+    stopping.may_go_on.set()
+    assert await task == PAGE + 3
+    assert len(store._holds.held()) == 1
 
 
 async def test_expired_snapshots_are_freed(store: Store) -> None:
