@@ -23,7 +23,7 @@ from kvdb.glob import matches
 if TYPE_CHECKING:
     from kvdb.commands.registry import Bound
     from kvdb.net.client import Client
-    from kvdb_protocol.resp import Request
+    from kvdb_protocol.requests import Request
 
 _HASH = re.compile(rb"[0-9a-f]{64}")
 # What Redis says, since its users know these.

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from kvdb.errors import KvdbError
-from kvdb_protocol.resp import split_inline
+from kvdb_protocol.requests import split_inline
 
 Value = str | int | bool | tuple[str, ...]
 

@@ -13,7 +13,7 @@ from kvdb.commands.dispatch import find
 from kvdb.commands.parse import parse_int
 from kvdb.commands.registry import handler
 from kvdb.errors import KvdbError
-from kvdb_protocol.resp import OK, Reply, format_double
+from kvdb_protocol.replies import OK, Reply, format_double
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

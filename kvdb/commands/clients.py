@@ -10,7 +10,7 @@ from kvdb.commands.describe import wire_name
 from kvdb.commands.parse import SYNTAX, parse_int
 from kvdb.commands.registry import handler
 from kvdb.errors import KvdbError
-from kvdb_protocol.resp import OK, Reply, Verbatim
+from kvdb_protocol.replies import OK, Reply, Verbatim
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kvdb.commands.registry import handler
 from kvdb.errors import KvdbError
 from kvdb.rewrite import rewrite_file
-from kvdb_protocol.resp import OK, Reply
+from kvdb_protocol.replies import OK, Reply
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

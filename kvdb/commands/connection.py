@@ -8,7 +8,8 @@ from kvdb import __version__
 from kvdb.commands.parse import parse_int
 from kvdb.commands.registry import batch_handler, handler
 from kvdb.errors import KvdbError, NoAuthError, NoProtoError
-from kvdb_protocol.resp import OK, PONG, Encoded, Reply, Request
+from kvdb_protocol.replies import OK, PONG, Encoded, Reply
+from kvdb_protocol.requests import Request
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

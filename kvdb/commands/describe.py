@@ -9,7 +9,7 @@ from kvdb.commands.spec import Command
 from kvdb.commands.table import TABLE
 from kvdb.errors import KvdbError
 from kvdb.glob import matches
-from kvdb_protocol.resp import Reply, Simple
+from kvdb_protocol.replies import Reply, Simple
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

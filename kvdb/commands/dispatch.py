@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from kvdb.commands.registry import Bound
 from kvdb.errors import KvdbError, NoAuthError
 from kvdb.net.bulk import Refusal
-from kvdb_protocol.resp import QUEUED, Request, encode_error
+from kvdb_protocol.replies import QUEUED, encode_error
+from kvdb_protocol.requests import Request
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvdb.commands.registry import handler
 from kvdb.store.rows import Reason
-from kvdb_protocol.resp import Reply, Simple
+from kvdb_protocol.replies import Reply, Simple
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

@@ -8,7 +8,7 @@ from kvdb.commands.access import changed, delete
 from kvdb.commands.parse import absolute_ms, now_ms, parse_int
 from kvdb.commands.registry import handler
 from kvdb.errors import KvdbError
-from kvdb_protocol.resp import Reply
+from kvdb_protocol.replies import Reply
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

@@ -13,7 +13,7 @@ from kvdb.commands.registry import handler
 from kvdb.containers import Fields
 from kvdb.errors import KvdbError
 from kvdb.glob import matches
-from kvdb_protocol.resp import OK, Reply
+from kvdb_protocol.replies import OK, Reply
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

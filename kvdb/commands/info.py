@@ -15,7 +15,7 @@ from kvdb.commands.connection import REDIS_VERSION
 from kvdb.commands.registry import handler
 from kvdb.net.metrics import rss_bytes
 from kvdb.net.statistics import total_commands
-from kvdb_protocol.resp import Reply, Verbatim
+from kvdb_protocol.replies import Reply, Verbatim
 
 if TYPE_CHECKING:
     from asyncio import Future

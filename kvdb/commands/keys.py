@@ -12,7 +12,7 @@ from kvdb.containers import Fields, Members
 from kvdb.errors import KvdbError
 from kvdb.glob import compiled, matches
 from kvdb.store.entries import Entry, EntryType
-from kvdb_protocol.resp import OK, Encoded, Reply
+from kvdb_protocol.replies import OK, Encoded, Reply
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

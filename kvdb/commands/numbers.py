@@ -9,7 +9,7 @@ from kvdb.commands.access import string_entry, write_string
 from kvdb.commands.parse import INT_MAX, INT_MIN, is_float, parse_float, parse_int
 from kvdb.commands.registry import handler
 from kvdb.errors import KvdbError
-from kvdb_protocol.resp import Reply
+from kvdb_protocol.replies import Reply
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

@@ -13,7 +13,7 @@ from kvdb.containers import Fields, Members
 from kvdb.errors import KvdbError
 from kvdb.net.metrics import rss_bytes
 from kvdb.store.entries import HeldString, StringRef, place_of
-from kvdb_protocol.resp import OK, Reply, Verbatim
+from kvdb_protocol.replies import OK, Reply, Verbatim
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvdb.commands.registry import handler
 from kvdb.glob import matches
-from kvdb_protocol.resp import Encoded, Push, Reply, encode
+from kvdb_protocol.replies import Encoded, Push, Reply, encode
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kvdb.commands.spec import Command
-from kvdb_protocol.resp import Reply, Request
+from kvdb_protocol.replies import Reply
+from kvdb_protocol.requests import Request
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

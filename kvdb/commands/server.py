@@ -11,7 +11,7 @@ from kvdb.commands.connection import REDIS_VERSION
 from kvdb.commands.parse import SYNTAX, parse_int
 from kvdb.commands.registry import handler
 from kvdb.errors import KvdbError
-from kvdb_protocol.resp import OK, Encoded, Reply, Simple, Verbatim
+from kvdb_protocol.replies import OK, Encoded, Reply, Simple, Verbatim
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

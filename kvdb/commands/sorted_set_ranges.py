@@ -13,7 +13,7 @@ from kvdb.commands.sorted_sets import pairs_reply
 from kvdb.containers import Members
 from kvdb.errors import KvdbError
 from kvdb.store.entries import Entry, EntryType
-from kvdb_protocol.resp import Reply
+from kvdb_protocol.replies import Reply
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

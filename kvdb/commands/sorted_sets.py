@@ -14,7 +14,7 @@ from kvdb.commands.registry import handler
 from kvdb.containers import Members
 from kvdb.errors import KvdbError
 from kvdb.glob import matches
-from kvdb_protocol.resp import Reply, format_double
+from kvdb_protocol.replies import Reply, format_double
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

@@ -25,7 +25,7 @@ from kvdb.store.entries import Entry, EntryType, SessionValue, SnapshotValue
 from kvdb_engine.chat import ChatError, chat_ids
 from kvdb_engine.sampling import Sampling, log_probabilities_of, sample
 from kvdb_engine.sampling import top as most_likely
-from kvdb_protocol.resp import Reply
+from kvdb_protocol.replies import Reply
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvdb.commands.arguments import Arguments, unknown_option
 from kvdb.commands.registry import handler
-from kvdb_protocol.resp import Reply
+from kvdb_protocol.replies import Reply
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

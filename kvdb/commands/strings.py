@@ -10,7 +10,8 @@ from kvdb.commands.registry import batch_handler, handler
 from kvdb.errors import KvdbError, WrongTypeError
 from kvdb.net import bulk
 from kvdb.store.entries import Entry, EntryType
-from kvdb_protocol.resp import BULK_HEADERS, OK, SHORT_BYTES, Reply, Request
+from kvdb_protocol.replies import BULK_HEADERS, OK, SHORT_BYTES, Reply
+from kvdb_protocol.requests import Request
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

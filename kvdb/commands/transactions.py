@@ -10,7 +10,8 @@ from kvdb.commands.registry import Bound, handler
 from kvdb.errors import ExecAbortError, KvdbError
 from kvdb.net import bulk
 from kvdb.store.entries import HeldString
-from kvdb_protocol.resp import NIL_ARRAY, OK, Reply, Request
+from kvdb_protocol.replies import NIL_ARRAY, OK, Reply
+from kvdb_protocol.requests import Request
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

@@ -16,7 +16,7 @@ from kvdb.store.errors import as_kvdb_error
 from kvdb.store.exchange import plain_name, read_archive, read_archive_file, read_file, write_file
 from kvdb.store.records import ModelRecord
 from kvdb_protocol.kvc import encode_kvc
-from kvdb_protocol.resp import Reply
+from kvdb_protocol.replies import Reply
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

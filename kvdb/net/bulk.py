@@ -16,7 +16,8 @@ from kvdb.acl import refused
 from kvdb.errors import KvdbError
 from kvdb.store.entries import PIECE_BYTES, HeldString, LargeValue, StringRef, place_of
 from kvdb.store.errors import as_kvdb_error
-from kvdb_protocol.resp import Encoded, Reply, Request, encode, encode_error
+from kvdb_protocol.replies import Encoded, Reply, encode, encode_error
+from kvdb_protocol.requests import Request
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client
@@ -172,7 +173,7 @@ def take(client: Client, request: Request, n_bytes: int) -> Receipt | None:
 
 
 class Receipt:
-    """A large argument on its way into a segment (kvdb_protocol.resp.Sink)."""
+    """A large argument on its way into a segment (kvdb_protocol.requests.Sink)."""
 
     all_waiting_bytes = 0
 

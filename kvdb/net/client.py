@@ -20,17 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 from kvdb.commands import dispatch
 from kvdb.net import bulk
 from kvdb.store.entries import HeldString, StringRef
-from kvdb_protocol.resp import (
-    BULK_HEADERS,
-    SHORT_BYTES,
-    Encoded,
-    Push,
-    Reply,
-    Request,
-    RequestParser,
-    encode,
-    encode_error,
-)
+from kvdb_protocol.replies import BULK_HEADERS, SHORT_BYTES, Encoded, Push, Reply, encode, encode_error
+from kvdb_protocol.requests import Request, RequestParser
 
 if TYPE_CHECKING:
     from kvdb.commands.registry import Bound

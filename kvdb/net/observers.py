@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvdb_protocol.resp import Request
+from kvdb_protocol.requests import Request
 
 if TYPE_CHECKING:
     from kvdb.commands.registry import Bound

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvdb.glob import matches
-from kvdb_protocol.resp import Push, encode
+from kvdb_protocol.replies import Push, encode
 
 if TYPE_CHECKING:
     from kvdb.net.client import Client

@@ -23,7 +23,7 @@ from kvdb.net import listeners
 from kvdb.net.observers import Observers
 from kvdb.net.pubsub import PubSub
 from kvdb.net.statistics import Statistics
-from kvdb_protocol.resp import Request
+from kvdb_protocol.requests import Request
 
 if TYPE_CHECKING:
     from kvdb.commands.registry import Bound

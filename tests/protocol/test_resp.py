@@ -10,20 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvdb_protocol.resp import (
+from kvdb_protocol.replies import (
     NIL_ARRAY,
     OK,
     Encoded,
     Failure,
     Push,
-    RequestParser,
     Simple,
     Verbatim,
     encode,
     encode_error,
     format_double,
-    split_inline,
 )
+from kvdb_protocol.requests import RequestParser, split_inline
 
 
 def pack(*words: bytes) -> bytes:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from kvdb_protocol.resp import LARGE_BULK_BYTES, Request, RequestParser
+from kvdb_protocol.requests import LARGE_BULK_BYTES, Request, RequestParser
 
 VALUE = random.Random(1).randbytes(LARGE_BULK_BYTES + 3)
 SET = b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$%d\r\n%b\r\n" % (len(VALUE), VALUE)

@@ -29,7 +29,7 @@ import click
 from rich.console import Console
 
 from kvdb.commands.table import TABLE
-from kvdb_protocol.resp import MIN_BULK_LIMIT, RequestParser
+from kvdb_protocol.requests import MIN_BULK_LIMIT, RequestParser
 from kvdb_tools.daemon import Daemon
 
 LEAK_BYTES_A_SEQUENCE = 4.0

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kvdb_protocol.resp import Push, RequestParser, Simple, encode
+from kvdb_protocol.replies import Push, Simple, encode
+from kvdb_protocol.requests import RequestParser
 
 Answer = Callable[[list[bytes]], list[object] | None]  # frames to send; None closes the connection
 

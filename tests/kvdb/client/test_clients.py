@@ -10,7 +10,7 @@ import redis
 import kvdb
 from kvdb.client import BusyError, EngineDownError, StateError, TooLongError
 from kvdb.client.replies import Filled, Generated, Progress, Token
-from kvdb_protocol.resp import Push, Simple
+from kvdb_protocol.replies import Push, Simple
 
 from .conftest import Scripted, pushes
 
