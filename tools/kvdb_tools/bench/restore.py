@@ -23,7 +23,7 @@ LEAST_FACTOR = 3
 
 def run(settings: Settings) -> Result:
     """Measure each size on a daemon of its own, so that the state lies alone in its segments."""
-    warm = ("warm ms", "in the daemon ms", "GB/s", "of kept %", "of fresh %", "of 1 MiB %")
+    warm = ("warm ms", "in the daemon ms", "GB/s", "of plain %", "of kept %", "of 1 MiB %")
     cold = ("cold ms", "cold GB/s", "cold of kept %")
     others = ("ds4 warm ms", "ds4 cold ms", "Redis GET ms", "daemon MB", "worker MB")
     result = Result("RESTORE", ("tokens", "MB", *warm, *cold, *others))
@@ -33,15 +33,15 @@ def run(settings: Settings) -> Result:
     result.notes += [
         f"medians of {REPEATS} (cold: of {COLD_REPEATS}), every byte read and checked into a live session; of: share of"
         " the speed of",
-        "a plain read of the same bytes into memory of their size, kept: used before, fresh: new. 1 MiB: through one",
-        "buffer that stays in the processor's cache: no whole state lies in memory then. ds4: plain read of a",
-        "whole-state file. Redis GET: ds4's payload over loopback into a kept buffer. MB: most resident memory ever",
+        "a plain read of the same bytes into memory, as read() does it (plain), into memory that an earlier read left",
+        "(kept), or through one buffer that stays in the processor's cache: no state lies in memory then (1 MiB). ds4:",
+        "plain read of a whole-state file. Redis GET: ds4's payload over loopback into a kept buffer. MB: most",
+        "resident memory ever",
     ]
     for row in map(result.named, result.rows):
-        for what in ("of kept %", "cold of kept %"):
-            claim = (
-                f"{row['tokens']:,} tokens: at least {LEAST_SHARE} % of a plain read, {what}: {_float(row[what]):.0f}"
-            )
+        for heat, what in (("warm", "of plain %"), ("cold", "cold of kept %")):
+            share = f"{row['tokens']:,} tokens, {heat}: at least {LEAST_SHARE} % of a plain read into memory"
+            claim = f"{share}: {_float(row[what]):.0f}"
             result.claims.append((claim, _float(row[what]) >= LEAST_SHARE))
         if row["Redis GET ms"]:
             factor = _float(row["Redis GET ms"]) / _float(row["warm ms"])
@@ -81,11 +81,11 @@ def _measure(settings: Settings, result: Result, n_tokens: int) -> None:
 
         # Alternating, so that a drift of the machine hits all alike.
         inside: list[float] = []
-        warm, kept, fresh, small = [], [], [], []
+        warm, plain, kept, small = [], [], [], []
         for _ in range(REPEATS):
             warm.append(restore())
             kept.append(flash.read_kept(segments, memory))
-            fresh.append(flash.read_into_memory(segments, n_bytes))
+            plain.append(flash.read_into_memory(segments, n_bytes))
             small.append(flash.read_plain(segments, n_bytes))
         inside_ms = statistics.median(inside)
         cold, kept_cold = [], []
@@ -96,13 +96,13 @@ def _measure(settings: Settings, result: Result, n_tokens: int) -> None:
             kept_cold.append(flash.read_kept(segments, memory))
         peaks = [flash.peak_rss(daemon.pid), *map(flash.peak_rss, flash.children_of(daemon.pid))]
     del memory
-    warm_s, kept_s, fresh_s, small_s = map(statistics.median, (warm, kept, fresh, small))
+    warm_s, plain_s, kept_s, small_s = map(statistics.median, (warm, plain, kept, small))
     cold_s, kept_cold_s = map(statistics.median, (cold, kept_cold))
     ds4_warm, ds4_cold, redis_s = _baselines(settings, n_tokens)
     result.rows.append(
         [
             *(n_tokens, n_bytes / 1e6, warm_s * 1e3, inside_ms, n_bytes / warm_s / 1e9),
-            *(100 * kept_s / warm_s, 100 * fresh_s / warm_s, 100 * small_s / warm_s),
+            *(100 * plain_s / warm_s, 100 * kept_s / warm_s, 100 * small_s / warm_s),
             *(cold_s * 1e3, n_bytes / cold_s / 1e9, 100 * kept_cold_s / cold_s, ds4_warm * 1e3, ds4_cold * 1e3),
             *(redis_s * 1e3 if redis_s else None, peaks[0] / 1e6, sum(peaks[1:]) / 1e6),
         ]
