@@ -94,14 +94,15 @@ async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes
         for session in new:
             stand_beside(sessions, origin, session)
             await session.lock.acquire()  # it is new: this does not wait, and nobody uses it before it has its state
+        locked = set(new)
         try:
             await _make_durable(sessions, [session.uid for session in new])
-        except BaseException:
             for session in new:
+                share_soon(sessions, origin, session)
+                locked.discard(session)
+        finally:
+            for session in locked:
                 session.lock.release()
-            raise
-        for session in new:
-            share_soon(sessions, origin, session)
     return len(dests)
 
 

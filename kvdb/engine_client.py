@@ -257,10 +257,10 @@ class EngineClient:
         """Whether a prefill or generation may begin now. Raises BusyError, or CancelledError at shutdown."""
         if self.is_closing:
             raise CancelledError("the daemon is shutting down; the session stays at its last complete token")
-        if len(self._requests) >= self.queue_limit:
-            raise BusyError(
-                f"{len(self._requests)} requests wait for the engine already (engine-queue-limit): try later"
-            )
+        # Only what takes turns: one FORK can ask for a thousand copies, and each takes no time.
+        n_waiting = sum(request.op in CANCELLABLE for request in self._requests.values())
+        if n_waiting >= self.queue_limit:
+            raise BusyError(f"{n_waiting} requests wait for the engine already (engine-queue-limit): try later")
 
     async def call(self, op: str, on_event: EventHandler | None = None, **fields: Any) -> Message:
         """Send one request and wait for its `done`. Events before it go to `on_event`.
@@ -287,7 +287,11 @@ class EngineClient:
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._requests[number] = _Request(op, fields.get("sid"), future, on_event)
         self.last_used = time.monotonic()
-        self._writer.write(frame)
+        try:
+            self._writer.write(frame)
+        except Exception as error:  # the transport has noticed that the worker is gone, and `_read` has not yet
+            del self._requests[number]
+            raise EngineDownError("the engine worker ended; retry: the session resumes from its snapshot") from error
         return self._answer(number, op, future)
 
     async def _answer(self, number: int, op: str, future: asyncio.Future[Message]) -> Message:

@@ -56,12 +56,15 @@ async def prefill(
     if reuse != "ONLY" and found.n_tokens < len(ids):
         await model.client.start()
         model.client.admit()
-    if not _is_of(sessions, db, name, model):
+    is_new = not _is_of(sessions, db, name, model)
+    if is_new:
         sessions.create(db, name, model)
     async with sessions.use(db, name) as session:
         if session.model is not model:
             raise BusyError("another client made a session of another model of this key: try again")
-        found = await _take_longest(sessions, session, ids, reuse)
+        # With ONLY nothing was waited for since, so what was found is good still. Looked for again, it might be in use,
+        # and a timeline would have been given up for nothing.
+        found = await _take_longest(sessions, session, ids, reuse, found if is_new and reuse == "ONLY" else None)
         recomputed = 0
         if reuse != "ONLY" and found.n_tokens < len(ids):
             recomputed = await sessions.make_resident(session)
@@ -85,10 +88,12 @@ def _is_of(sessions: Sessions, db: int, name: bytes, model: Model) -> bool:
         return False
 
 
-async def _take_longest(sessions: Sessions, session: Session, ids: array[int], reuse: str) -> Reuse:
-    """Put the session on the longest prefix of `ids` at hand."""
+async def _take_longest(
+    sessions: Sessions, session: Session, ids: array[int], reuse: str, found: Reuse | None = None
+) -> Reuse:
+    """Put the session on the longest prefix of `ids` at hand. found: if that is known already."""
     while True:
-        found = await find_reuse(sessions, session.model, session, ids, reuse)
+        found = found or await find_reuse(sessions, session.model, session, ids, reuse)
         if found.live is session:
             return found
         if found.live is not None:
@@ -102,7 +107,7 @@ async def _take_longest(sessions: Sessions, session: Session, ids: array[int], r
                 sessions.stand_on(session, found.snapshot, found.n_tokens, ids[: found.n_tokens])
             return found
         except SnapshotGoneError:
-            continue  # deleted between the lookup and here: look again
+            found = None  # deleted between the lookup and here: look again
 
 
 async def find_reuse(sessions: Sessions, model: Model, own: Session | None, ids: array[int], reuse: str) -> Reuse:
@@ -117,11 +122,11 @@ async def find_reuse(sessions: Sessions, model: Model, own: Session | None, ids:
     match = await sessions.store.longest_prefix(
         info.family, info.fingerprint, ids.tobytes(), cross_quant=sessions.cross_quant
     )
-    if own is not None and own.n_tokens and _begins_with(ids, own.ids):
+    # A session whose key is gone may stand on a base that is gone too.
+    if own is not None and own.n_tokens and _begins_with(ids, own.ids) and sessions.is_named(own):
         best = Reuse("live", own.n_tokens, own)
     for other in sessions.open.values():
         is_usable = other.model is model and other.is_resident and not other.lock.locked()
-        # A session whose key is gone may stand on a base that is gone too.
         if is_usable and other.n_tokens > best.n_tokens and _begins_with(ids, other.ids) and sessions.is_named(other):
             best = Reuse("live", other.n_tokens, other)
     if match is not None and match.n_tokens > best.n_tokens:
@@ -182,7 +187,10 @@ def _begin_copy(origin: Session, session: Session) -> Coroutine[Any, Any, None] 
     if not origin.is_resident:
         return None
     generation = origin.generation
-    copied = origin.model.client.ask("open", sid=session.uid, source=origin.uid, places=None)
+    try:
+        copied = origin.model.client.ask("open", sid=session.uid, source=origin.uid, places=None)
+    except EngineDownError:
+        return None
 
     async def wait() -> None:
         try:

@@ -89,7 +89,7 @@ class Worker:
         self.engine = engine
         self.sock = sock
         self.sessions: dict[bytes, Live] = {}
-        self.opens: deque[Running] = deque()  # ahead of `tasks`, in their order
+        self.first: deque[Running] = deque()  # ahead of `tasks`, in their order
         self.tasks: deque[Running] = deque()
         self.n_bytes = 0  # of all live states
         self._bytes_of: dict[bytes, int] = {}
@@ -110,14 +110,14 @@ class Worker:
             # descriptors from 1024 on, and ours has the number it had in a daemon with any number of clients.
             with contextlib.suppress(BlockingIOError):
                 try:
-                    data = self.sock.recv(1 << 20, socket.MSG_DONTWAIT if self.opens or self.tasks else 0)
+                    data = self.sock.recv(1 << 20, socket.MSG_DONTWAIT if self.first or self.tasks else 0)
                 except ConnectionError:
                     return
                 if not data:
                     return
                 for message in self.reader.feed(data):
                     self.accept(message)
-            if self.opens or self.tasks:
+            if self.first or self.tasks:
                 self.advance()
 
     def accept(self, message: Message) -> None:
@@ -128,12 +128,13 @@ class Worker:
         handler = getattr(self, f"op_{message['op']}", self.op_unknown)
         request = Running(message["id"], message.get("sid"), handler(message), time.perf_counter())
         # An open goes first: its client's real work follows, which would cost a newcomer another round of turns, and
-        # what is asked of a source later must not be done before it is copied.
-        (self.opens if message["op"] == "open" else self.tasks).append(request)
+        # what is asked of a source later must not be done before it is copied. A close that an open overtook would drop
+        # what it opened.
+        (self.first if message["op"] in ("open", "close") else self.tasks).append(request)
 
     def advance(self) -> None:
         """Run the request at the head of the queue for a slice of time: at least to its next border."""
-        request = (self.opens or self.tasks).popleft()
+        request = (self.first or self.tasks).popleft()
         end = time.monotonic() + SLICE_S
         try:
             next(request.task)
@@ -353,7 +354,7 @@ class Worker:
         """What the engine runs on, and who is resident."""
         yield from ()
         resident = {sid: [live.state.n_tokens, live.state.nbytes] for sid, live in self.sessions.items()}
-        return {"resident": resident, "queued": len(self.opens) + len(self.tasks), "stats": self.engine.stats()}
+        return {"resident": resident, "queued": len(self.first) + len(self.tasks), "stats": self.engine.stats()}
 
     def logits(self, state: LiveState) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The next-token logits as numpy; an empty session has none."""

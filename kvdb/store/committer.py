@@ -2,18 +2,18 @@
 
 One round is in flight at a time. It takes the keyspace overlay and every item submitted so far, and does
 
-    1. large strings become records, or are records already; datasync of the
-       segments that items wrote to                     a failure fails the items of that segment
-    2. one transaction that runs every item             an item that raises is undone alone (child transaction).
-                                                         Syncs of strings that someone waits for began when the last
-                                                         byte came, and end before step 3
-    3. commit, synced                                    a failure fails every item; the overlay stays in memory.
+    1. datasync of the segments that items wrote to      a failure fails the items of that segment
+    2. large strings of the overlay become records, or   a failure fails the round, as one of step 4; the next try
+       are records already, and are synced. A sync that  writes them elsewhere
+       began when the last byte came goes on until 4
+    3. one transaction that runs every item              an item that raises is undone alone (child transaction)
+    4. commit, synced                                    a failure fails every item; the overlay stays in memory.
                                                          On a full disk: once more with the ballast's space, and
                                                          without the items that wrote records
-    4. on the event loop: readers see the commit, futures are resolved. If LMDB gave the index up it is opened again
-    5. freed ranges are punched, empty segments unlinked: after some rounds at a time
+    5. on the event loop: readers see the commit, futures are resolved. If LMDB gave the index up it is opened again
+    6. freed ranges are punched, empty segments unlinked: after some rounds at a time
 
-Steps 1 to 3 and 5 run in the commit thread. What arrives meanwhile waits for the next round, so a busy store commits
+Steps 1 to 4 and 6 run in the commit thread. What arrives meanwhile waits for the next round, so a busy store commits
 many commands with each sync, and an idle one commits at once.
 """
 
@@ -342,9 +342,6 @@ class Committer:
             try:
                 self._segments.datasync(segment)
             except OSError as error:
-                # After a failed sync the kernel may have dropped the bytes and call the next sync a success.
-                # Nothing past the committed length of this segment can be trusted: never append there again.
-                self._segments.abandon(segment)
                 for item in writers:
                     item.error = as_kvdb_error(error, "sync of a segment")
 

@@ -88,6 +88,11 @@ class StringRef(NamedTuple):
     crcs: bytes = b""
 
 
+# A sync in another thread: its result is None, or errno and words of what went wrong. An exception would hold the
+# frames it came through, and they what must be let go.
+Sync = Future[tuple[int, str] | None]
+
+
 class HeldString:
     """A large string that something in memory needs: an entry that waits for its commit, a reply on its way.
 
@@ -105,7 +110,7 @@ class HeldString:
         self.ref: StringRef | None = None
         self.created_ms = 0  # of its segment
         self.is_committed = False
-        self.sync: Future[None] | None = None
+        self.sync: Sync | None = None
         self._let_go: Callable[[bool], object] | None = None
 
     def complete(self, ref: StringRef, created_ms: int, is_committed: bool, let_go: Callable[[bool], object]) -> None:

@@ -9,6 +9,7 @@ that takes the entry syncs the segment; without one its range is given back.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
@@ -42,12 +43,17 @@ class Receiver:
     def __init__(
         self,
         pool: Threads,
+        sync_pool: Threads,
         segments: Segments,
         files: Files,
         reserve: Callable[[str, int], Awaitable[Reservation]],
     ) -> None:
-        """reserve: makes room under `maxstore`, then takes the append position of a writer (Store.reserve)."""
+        """sync_pool: for syncs ahead of their rounds, which readers shall not have to wait for.
+
+        reserve: makes room under `maxstore`, then takes the append position of a writer (Store.reserve).
+        """
         self.pool = pool
+        self.sync_pool = sync_pool
         self.segments = segments
         self.files = files
         self._reserve = reserve
@@ -129,7 +135,7 @@ class Incoming:
             self._sync()
 
     def _sync(self) -> None:
-        self._receiver.segments.sync_or_abandon(self._reservation.segment_id)
+        self._receiver.segments.datasync(self._reservation.segment_id)
         self._synced = self._sums.n_bytes
 
     def _finish(self, pieces: Sequence[bytes], string: HeldString, is_urgent: bool) -> None:
@@ -145,19 +151,19 @@ class Incoming:
         string.complete(ref, reservation.created_ms, False, let_go)
         if is_urgent:
             string.sync = Future()
-            self._receiver.pool.start(partial(self._sync_ahead, string), _ignore)
+            self._receiver.sync_pool.start(partial(self._sync_ahead, string), _ignore)
 
     def _sync_ahead(self, string: HeldString) -> None:
         """Holding the string keeps its segment open until the sync has returned."""
         assert string.sync is not None and string.ref is not None
         if not string.sync.set_running_or_notify_cancel():
             return  # the round was faster
+        problem = None
         try:
-            self._receiver.segments.sync_or_abandon(string.ref.segment)
-        except OSError as error:
-            string.sync.set_exception(error)
-        else:
-            string.sync.set_result(None)
+            self._receiver.segments.datasync(string.ref.segment)
+        except Exception as error:
+            problem = (getattr(error, "errno", None) or errno.EIO, str(error))
+        string.sync.set_result(problem)
 
     def _abandon(self) -> None:
         if self._fd < 0:

@@ -8,12 +8,13 @@ for commit or forgotten. Bytes past a segment's committed length do not exist: s
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvdb.store.files import Files
@@ -47,6 +48,7 @@ class _Open:
     fd: int
     position: int
     created_ms: int
+    sync_lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Segments:
@@ -221,28 +223,27 @@ class Segments:
             return next((writer for writer, segment in self._active.items() if segment.id == segment_id), None)
 
     def datasync(self, segment_id: int) -> None:
-        """Make a segment's bytes durable."""
+        """Make a segment's bytes durable. Raises OSError; from then on nothing can be appended to it in this process.
+
+        After a failed sync the kernel may have dropped the bytes and call the next sync a success. It also tells a
+        write-back error once, to whichever sync comes first, so those of one segment take turns: the next one finds
+        it abandoned.
+        """
         with self._lock:
             segments = [*self._active.values(), *self._full.values()]
-            fd = next((segment.fd for segment in segments if segment.id == segment_id), None)
-            abandoned = segment_id in self._abandoned
-        if fd is None or abandoned:
-            raise OSError(5, f"segment {segment_name(segment_id)} was given up after a failed sync")
-        self._files.datasync(fd)
-
-    def sync_or_abandon(self, segment_id: int) -> None:
-        """Make a segment's bytes durable; after a failure, OSError, nothing is appended to it any more."""
-        try:
-            self.datasync(segment_id)
-        except OSError:
-            self.abandon(segment_id)
-            raise
-
-    def abandon(self, segment_id: int) -> None:
-        """Never append to this segment again in this process."""
-        log.error("sync of segment %s failed: its uncommitted part is given up", segment_name(segment_id))
-        with self._lock:
-            self._abandoned.add(segment_id)
+            segment = next((segment for segment in segments if segment.id == segment_id), None)
+        if segment is None:
+            raise OSError(errno.EIO, f"segment {segment_name(segment_id)} is closed")
+        with segment.sync_lock:
+            if self.is_abandoned(segment_id):
+                raise OSError(errno.EIO, f"segment {segment_name(segment_id)} was given up after a failed sync")
+            try:
+                self._files.datasync(segment.fd)
+            except BaseException:
+                log.error("sync of segment %s failed: its uncommitted part is given up", segment_name(segment_id))
+                with self._lock:
+                    self._abandoned.add(segment_id)
+                raise
 
     def dropped(self, extent: Extent, pin: Pin, is_committed: bool) -> None:
         """A submitted record that was received is no longer needed in memory. Takes no lock: finalizers call this."""

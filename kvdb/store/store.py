@@ -66,6 +66,7 @@ log = logging.getLogger("kvdb.store")
 T = TypeVar("T")
 
 READER_THREADS = 4
+SYNC_THREADS = 2
 # A prompt of so many bytes of ids is looked up in a thread: others need not wait for it. The way there and back takes
 # longer than looking up a shorter one.
 LONG_PROMPT_BYTES = 64 << 10
@@ -86,6 +87,7 @@ class Store:
         self._segments = Segments(folder / "segments", files)
         self._holds = Holds()
         self._pool = Threads(loop, READER_THREADS, "kvdb-read")
+        self._sync_pool = Threads(loop, SYNC_THREADS, "kvdb-sync")
         self._ballast = Ballast(folder / "ballast", files)
         self._committer = Committer(
             loop, index, files, self._segments, self._holds, self._ballast, lambda: self.keyspace.refresh()
@@ -100,7 +102,7 @@ class Store:
         self._uses_timer = loop.call_later(USES_EVERY_S, self._write_uses)
         self._models: dict[int, bytes] = {}
         self._importing = asyncio.Lock()  # one writer, one reservation
-        self.receiver = Receiver(self._pool, self._segments, files, self.reserve)
+        self.receiver = Receiver(self._pool, self._sync_pool, self._segments, files, self.reserve)
         self._care = Care(loop, self._pool, index, files, self._segments, self._holds, self._committer)
         self._verifying = asyncio.Lock()
         self.verified = (0, 0)  # bytes of records that STORE VERIFY has seen, and of all; of the last one
@@ -191,6 +193,7 @@ class Store:
         self._uses_timer.cancel()
         self._committer.close()
         self._pool.close()
+        self._sync_pool.close()  # behind the pool, which starts syncs
         self.keyspace.close()
         self._segments.close()
         self._index.close()
@@ -494,6 +497,8 @@ class Store:
 
         while True:
             match = search() if len(ids) < LONG_PROMPT_BYTES else await self._pool.run(search)
+            if self._is_closed:
+                return None
             if match is None or self._hold_match(match.snapshot_id):
                 return match
             gone.add(match.snapshot_id)  # deleted since it was found

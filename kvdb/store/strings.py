@@ -8,7 +8,6 @@ there for its round, which syncs the segment first. A record may belong to sever
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from kvdb.errors import CorruptError
-from kvdb.store.entries import PIECE_BYTES, HeldString, LargeValue, StringRef, place_of
+from kvdb.store.entries import PIECE_BYTES, HeldString, LargeValue, StringRef, Sync, place_of
 from kvdb.store.errors import as_kvdb_error
 from kvdb.store.files import Files
 from kvdb.store.read import Reader, RecordPlace
@@ -99,7 +98,7 @@ class Stored:
     refs: dict[tuple[int, bytes], StringRef | None] = field(default_factory=dict)
     ends: dict[int, tuple[int, int]] = field(default_factory=dict)
     fresh: list[HeldString] = field(default_factory=list)
-    syncs: list[Future[None]] = field(default_factory=list)
+    syncs: list[Sync] = field(default_factory=list)
     reservation: Reservation | None = None
     end: int = 0
 
@@ -111,7 +110,8 @@ class Stored:
     def wait(self) -> None:
         """Wait until all bytes are on the disk. Raises OSError."""
         for sync in self.syncs:
-            sync.result()
+            if (problem := sync.result()) is not None:
+                raise OSError(*problem)
 
 
 def store_strings(segments: Segments, files: Files, strings: Sequence[LargeString]) -> Stored:
@@ -146,7 +146,7 @@ def store_strings(segments: Segments, files: Files, strings: Sequence[LargeStrin
     if unwritten:
         unsynced.add(_write_strings(segments, files, unwritten, stored))
     for segment in unsynced:
-        segments.sync_or_abandon(segment)
+        segments.datasync(segment)
     return stored
 
 

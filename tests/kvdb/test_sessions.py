@@ -433,6 +433,108 @@ async def test_a_branch_whose_engine_dies_before_the_copy_is_computed_again(sess
     assert await logits(sessions, b"a") == await fresh_logits(sessions, prompt(300))
 
 
+async def test_a_branch_is_not_locked_for_ever_when_the_worker_is_gone_and_nobody_knows_yet(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    client = sessions.model().client
+    assert client._writer is not None
+
+    def write(_: bytes) -> None:
+        raise RuntimeError("unable to perform operation; the handler is closed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client._writer, "write", write)
+        assert await branches.fork(sessions, DB, b"s", [b"a", b"b"]) == 2
+        with pytest.raises(EngineDownError):
+            await timelines.extend(sessions, DB, b"s", array("I", [5]))
+        assert not client.pending
+    for name in (b"a", b"b"):
+        assert await asyncio.wait_for(logits(sessions, name), 10) == await fresh_logits(sessions, prompt(300))
+
+
+async def test_a_fork_that_is_cancelled_locks_nothing(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    for number in range(12):
+        names = [b"a%d" % number, b"b%d" % number]
+        with commits_wait(sessions) as gate:
+            task = asyncio.ensure_future(branches.fork(sessions, DB, b"s", names))
+            await turns(number)
+            if number % 2:
+                gate.set()
+            task.cancel()
+            await asyncio.wait([task])
+        await turns(5)
+        for name in names:
+            if sessions.entry(DB, name) is not None:
+                await asyncio.wait_for(timelines.extend(sessions, DB, name, array("I", [9])), 10)
+                assert await logits(sessions, name) == await fresh_logits(sessions, array("I", [*prompt(300), 9]))
+
+
+async def test_many_branches_do_not_fill_the_queue(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    sessions.model().client.queue_limit = 10
+    go_on = stop_worker(sessions)
+    await branches.fork(sessions, DB, b"s", [b"%d" % number for number in range(20)])
+    task = asyncio.create_task(timelines.extend(sessions, DB, b"s", array("I", [5])))
+    await turns(5)
+    go_on()
+    assert (await task)["tokens"] == 301
+
+
+async def test_what_is_opened_again_is_not_closed_by_the_sweep_before(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    await snapshot(sessions, b"s", b"k")
+    await sessions.model().client.stop()
+    await prefill(sessions, b"other", prompt(50, 3))
+    (await sessions.get(DB, b"s")).used = -1e9
+    go_on = stop_worker(sessions)
+    sweep = asyncio.create_task(sessions.sweep())
+    await turns(3)
+    use = asyncio.create_task(timelines.extend(sessions, DB, b"s", array("I", [7])))
+    await turns(5)
+    go_on()
+    await asyncio.gather(sweep, use)
+    assert (await timelines.extend(sessions, DB, b"s", array("I", [8])))["tokens"] == 302
+
+
+async def test_reuse_only_gives_nothing_up_for_what_is_in_use_a_moment_later(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await prefill(sessions, b"o", prompt(300))
+    other = await sessions.get(DB, b"o")
+    real, n_lookups = sessions.store.longest_prefix, 0
+
+    async def lookup(*args: object, **fields: object) -> object:
+        nonlocal n_lookups
+        n_lookups += 1
+        match = await real(*args, **fields)  # type: ignore[arg-type]
+        if n_lookups == 2:
+            await other.lock.acquire()  # somebody extends it just now
+        return match
+
+    monkeypatch.setattr(sessions.store, "longest_prefix", lookup)
+    assert (await prefill(sessions, b"new", prompt(310), "ONLY"))["tokens"] == 300
+    assert n_lookups == 1 and await live_ids(sessions, b"new") == prompt(300)
+
+
+async def test_a_session_that_is_deleted_while_its_prompt_is_looked_up_is_not_continued(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    real = sessions.store.longest_prefix
+
+    async def lookup(*args: object, **fields: object) -> object:
+        sessions.keyspace.delete(DB, b"s")
+        return await real(*args, **fields)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions.store, "longest_prefix", lookup)
+        with pytest.raises(KvdbError, match="no live or stored prefix"):
+            await prefill(sessions, b"s", prompt(310), "ONLY")
+    assert sessions.entry(DB, b"s") is None
+
+
 async def test_a_copy_that_the_engine_refuses_costs_only_time(
     sessions: Sessions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,9 +73,7 @@ class FailingFiles(OsFiles):
         super().write(fd, data, offset)
 
     def write_pieces(self, fd: int, pieces: Sequence[Readable], offset: int) -> None:
-        for piece in pieces:
-            self.write(fd, piece, offset)
-            offset += len(piece)
+        self.write(fd, b"".join(pieces), offset)
 
     def datasync(self, fd: int) -> None:
         self._called("datasync")
@@ -111,6 +110,7 @@ class File:
 
     synced: bytearray = field(default_factory=bytearray)
     pending: list[tuple[str, int, bytes]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)  # of the events that are pending
     is_name_synced: bool = False
 
 
@@ -126,7 +126,7 @@ def apply(content: bytearray, change: tuple[str, int, bytes]) -> None:
 
 @dataclass
 class Event:
-    """One entry of the log: a call with its data, or a note of the test."""
+    """One entry of the log: a call with its data, or a note of the test. offset, of a datasync: events before it."""
 
     name: str
     path: Path | None = None
@@ -188,8 +188,11 @@ class LoggingFiles(OsFiles):
         return super().punch(fd, offset, n_bytes)
 
     def datasync(self, fd: int) -> None:
+        # What others write while a sync is under way it need not have seen.
+        with self._lock:
+            n_before = len(self.log)
         super().datasync(fd)
-        self._add(Event("datasync", self._paths[fd]))
+        self._add(Event("datasync", self._paths[fd], n_before))
 
     def sync_dir(self, path: Path) -> None:
         super().sync_dir(path)
@@ -213,7 +216,7 @@ def power_loss(log: list[Event], length: int, rng: random.Random, folder: Path) 
     files: dict[Path, File] = {}
     gone: dict[Path, File] = {}
     index = b""
-    for event in log[:length]:
+    for number, event in enumerate(log[:length]):
         path = event.path
         match event.name:
             case "create":
@@ -221,10 +224,12 @@ def power_loss(log: list[Event], length: int, rng: random.Random, folder: Path) 
                 files[path] = File()
             case "write" | "truncate" if path in files:
                 files[path].pending.append((event.name, event.offset, event.data))
+                files[path].numbers.append(number)
             case "datasync" if path in files:
-                for change in files[path].pending:
+                n_synced = bisect_left(files[path].numbers, event.offset)
+                for change in files[path].pending[:n_synced]:
                     apply(files[path].synced, change)
-                files[path].pending.clear()
+                del files[path].pending[:n_synced], files[path].numbers[:n_synced]
             case "unlink" if path in files:
                 assert path is not None
                 gone[path] = files.pop(path)

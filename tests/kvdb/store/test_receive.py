@@ -293,6 +293,130 @@ async def test_an_urgent_string_is_synced_once_and_before_its_commit(tmp_path: P
     assert findings(tmp_path) == []
 
 
+class GatedFiles(FailingFiles):
+    """The next sync waits until it is let go, and then does what it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.may_end = threading.Event(), threading.Event()
+        self.then: Callable[[], None] | None = None
+
+    def datasync(self, fd: int) -> None:
+        then, self.then = self.then, None
+        if then is not None:
+            self.entered.set()
+            assert self.may_end.wait(10)
+            then()
+        super().datasync(fd)
+
+    async def reached(self) -> None:
+        while not self.entered.is_set():
+            await asyncio.sleep(0.001)
+
+
+def fail_late() -> None:
+    raise OSError(errno.EIO, "late")
+
+
+async def test_a_sync_that_fails_while_the_round_waits_for_it(tmp_path: Path) -> None:
+    files = GatedFiles()
+    store = await open_store(tmp_path, files)
+    await put(store, b"k", OTHER)
+    await store.keyspace.flush()
+    files.then = fail_late
+    held = await receive(store, BIG, is_urgent=True)
+    for db in (0, 1):  # as COPY shares it
+        store.keyspace.put(db, b"k", Entry(EntryType.STRING, 0, held))
+    await files.reached()
+    durable = asyncio.ensure_future(store.keyspace.flush())
+    await asyncio.sleep(0.1)
+    store.keyspace.put(2, b"k", Entry(EntryType.STRING, 0, held))
+    del held
+    files.may_end.set()
+    await durable
+    await store.keyspace.flush()
+    assert [read_entry(store, b"k", db) for db in range(3)] == 3 * [string(BIG)]
+    assert store._segments._abandoned
+    await store.close()
+    assert findings(tmp_path) == []
+
+
+async def test_the_error_of_one_string_told_to_the_sync_of_another_loses_neither(tmp_path: Path) -> None:
+    """Linux tells an error of writing back once a descriptor: the second sync of a segment may get the first one's."""
+    files = GatedFiles()
+    store = await open_store(tmp_path, files)
+    await put(store, b"old", OTHER)
+    await store.keyspace.flush()
+    first = await receive(store, BIG)
+    assert first.ref is not None
+    path, at = store._segments.path(first.ref.segment), first.ref.offset + 4096
+
+    def lose_first() -> None:
+        fd = os.open(path, os.O_WRONLY)
+        os.pwrite(fd, bytes(4096), at)
+        os.close(fd)
+        fail_late()
+
+    files.then = lose_first
+    second = await receive(store, OTHER, is_urgent=True)  # behind it in the same segment
+    assert second.ref is not None and second.ref.segment == first.ref.segment
+    await files.reached()
+    store.keyspace.put(0, b"first", Entry(EntryType.STRING, 0, first))
+    store.keyspace.put(0, b"second", Entry(EntryType.STRING, 0, second))
+    del first, second
+    durable = asyncio.ensure_future(store.keyspace.flush())
+    await asyncio.sleep(0.1)
+    assert not durable.done()  # nor has it asked the kernel, which would say that all is well by now
+    files.may_end.set()
+    with pytest.raises(MisconfError, match="lost by a failed sync"):
+        await durable
+    assert store.keyspace.get(0, b"first") is None
+    assert read_entry(store, b"second") == string(OTHER)
+    await store.close()
+    assert findings(tmp_path) == []
+
+
+async def test_a_failed_sync_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Without the collector: an exception that is kept would keep the string, its range and its segment's file."""
+    files = FailingFiles()
+    store = await open_store(tmp_path, files)
+    await put(store, b"k", OTHER)
+    await store.keyspace.flush()
+    gc.collect()
+    gc.disable()
+    try:
+        files.fail("datasync", times=1)
+        await put(store, b"k", BIG, is_urgent=True)
+        await store.keyspace.flush()
+        store.keyspace.delete(0, b"k")
+        await store.keyspace.flush()
+        await store.keyspace.flush()
+        assert not store._segments._due
+    finally:
+        gc.enable()
+    await store.close()
+    assert findings(tmp_path) == []
+
+
+async def test_a_sync_without_memory_is_a_failed_sync(tmp_path: Path) -> None:
+    files = GatedFiles()
+    store = await open_store(tmp_path, files)
+    await put(store, b"k", OTHER)
+    await store.keyspace.flush()
+
+    def no_memory() -> None:
+        raise MemoryError
+
+    files.then = no_memory
+    files.may_end.set()
+    await put(store, b"k", BIG, is_urgent=True)
+    await files.reached()
+    await asyncio.wait_for(store.keyspace.flush(), 10)
+    assert store._segments._abandoned and read_entry(store, b"k") == string(BIG)
+    await store.close()
+    assert findings(tmp_path) == []
+
+
 async def test_a_round_does_not_wait_for_a_sync_that_has_not_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,8 +424,7 @@ async def test_a_round_does_not_wait_for_a_sync_that_has_not_begun(
     store = await open_store(tmp_path, files)
     late: list[Callable[[], object]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(store.receiver.pool, "run", lambda call: store._committer._thread.run(call))
-        patch.setattr(store.receiver.pool, "start", lambda call, done: late.append(call))
+        patch.setattr(store.receiver.sync_pool, "start", lambda call, done: late.append(call))
         await put(store, b"k", BIG, is_urgent=True)
     files.calls.clear()
     await store.keyspace.flush()

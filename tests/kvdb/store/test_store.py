@@ -383,6 +383,22 @@ async def test_nobody_waits_for_the_lookup_of_a_long_prompt(store: Store, monkey
     assert await task == 2 * PAGE
 
 
+async def test_a_lookup_that_ends_after_the_store_finds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(tmp_path / "other", loop=asyncio.get_running_loop())
+    await store.register_model(MODEL)
+    ids = tokens(2 * PAGE)
+    await put_snapshot(store, b"k", ids)
+    stopping = Stopping(monkeypatch)
+    task = asyncio.create_task(find(store, ids))
+    while not stopping.has_found.is_set():
+        await asyncio.sleep(0.001)
+    threading.Timer(0.2, stopping.may_go_on.set).start()
+    await store.close()
+    assert await task == 0
+
+
 async def test_what_is_freed_between_lookup_and_hold_is_not_found(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
