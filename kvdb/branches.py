@@ -91,11 +91,12 @@ async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes
     async with sessions.use(db, source) as origin:
         _check_free(sessions, db, dests)
         new = [sessions.create(db, dest, origin.model) for dest in dests]
-        for session in new:
-            stand_beside(sessions, origin, session)
-            await session.lock.acquire()  # it is new: this does not wait, and nobody uses it before it has its state
-        locked = set(new)
+        locked: set[Session] = set()
         try:
+            for session in new:
+                stand_beside(sessions, origin, session)
+                await session.lock.acquire()  # it is new: nobody has it, and uses it before it has its state
+                locked.add(session)
             await _make_durable(sessions, [session.uid for session in new])
             for session in new:
                 share_soon(sessions, origin, session)
