@@ -232,11 +232,12 @@ class Segments:
         with self._lock:
             segments = [*self._active.values(), *self._full.values()]
             segment = next((segment for segment in segments if segment.id == segment_id), None)
+        given_up = OSError(errno.EIO, f"segment {segment_name(segment_id)} was given up after a failed sync")
         if segment is None:
-            raise OSError(errno.EIO, f"segment {segment_name(segment_id)} is closed")
+            raise given_up
         with segment.sync_lock:
             if self.is_abandoned(segment_id):
-                raise OSError(errno.EIO, f"segment {segment_name(segment_id)} was given up after a failed sync")
+                raise given_up
             try:
                 self._files.datasync(segment.fd)
             except BaseException:
