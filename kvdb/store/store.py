@@ -37,7 +37,8 @@ from kvdb.store.index import Index, Table, Txn
 from kvdb.store.index_damage import check_while_serving, refuse_damaged
 from kvdb.store.large_strings import LargeStrings
 from kvdb.store.lock import Lock
-from kvdb.store.lookup import Match, longest_prefix
+from kvdb.store.lookup import Match
+from kvdb.store.matches import Matches
 from kvdb.store.pins import Pin
 from kvdb.store.read import Reader, RecordPlace, plan, tail_place
 from kvdb.store.receive import Receiver
@@ -67,10 +68,6 @@ T = TypeVar("T")
 
 READER_THREADS = 4
 SYNC_THREADS = 2
-# A prompt of so many bytes of ids is looked up in a thread: others need not wait for it. The way there and back takes
-# longer than looking up a shorter one.
-LONG_PROMPT_BYTES = 64 << 10
-MATCH_HOLD_S = 1.0
 USES_EVERY_S = 60.0
 IMPORTER = "import"
 
@@ -103,6 +100,7 @@ class Store:
         self._models: dict[int, bytes] = {}
         self._importing = asyncio.Lock()  # one writer, one reservation
         self.receiver = Receiver(self._pool, self._sync_pool, self._segments, files, self.reserve)
+        self._matches = Matches(loop, self._pool, index, self._holds, self._unhold)
         self._care = Care(loop, self._pool, index, files, self._segments, self._holds, self._committer)
         self._verifying = asyncio.Lock()
         self.verified = (0, 0)  # bytes of records that STORE VERIFY has seen, and of all; of the last one
@@ -190,6 +188,7 @@ class Store:
 
     def _release(self) -> None:
         self._is_closed = True
+        self._matches.close()
         self._uses_timer.cancel()
         self._committer.close()
         self._pool.close()
@@ -487,34 +486,9 @@ class Store:
     async def longest_prefix(self, family: bytes, fingerprint: bytes, ids: bytes, *, cross_quant: bool) -> Match | None:
         """The longest stored prefix of a prompt (u32 little-endian ids).
 
-        The snapshot is held for MATCH_HOLD_S, so that the caller can hold it longer or make it a session's base.
+        The snapshot is held for a moment, so that the caller can hold it longer or make it a session's base.
         """
-        gone: set[bytes] = set()
-
-        def search() -> Match | None:
-            with self._index.read() as txn:
-                return longest_prefix(txn, family, fingerprint, ids, cross_quant, lambda found: found not in gone)
-
-        while True:
-            match = search() if len(ids) < LONG_PROMPT_BYTES else await self._pool.run(search)
-            if self._is_closed:
-                return None
-            if match is None or self._hold_match(match.snapshot_id):
-                return match
-            gone.add(match.snapshot_id)  # deleted since it was found
-
-    def _hold_match(self, snapshot_id: bytes) -> bool:
-        try:
-            self._holds.hold(snapshot_id)
-        except SnapshotGoneError:
-            return False  # the round that is running frees it
-        with self._index.read() as txn:
-            exists = txn.snapshot(snapshot_id) is not None  # or a round has freed it
-        if exists:
-            self._loop.call_later(MATCH_HOLD_S, self._unhold, snapshot_id)
-        else:
-            self._unhold(snapshot_id)
-        return exists
+        return await self._matches.longest(family, fingerprint, ids, cross_quant)
 
     def _unhold(self, snapshot_id: bytes) -> None:
         if self._holds.release(snapshot_id) and not self._is_closed:

@@ -355,14 +355,18 @@ class Stopping:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.has_found, self.may_go_on = threading.Event(), threading.Event()
-        monkeypatch.setattr("kvdb.store.store.longest_prefix", self.search)
-        monkeypatch.setattr("kvdb.store.store.LONG_PROMPT_BYTES", 0)
+        monkeypatch.setattr("kvdb.store.matches.longest_prefix", self.search)
+        monkeypatch.setattr("kvdb.store.matches.IN_THREAD_BYTES", 0)
 
     def search(self, *args: object) -> Match | None:
         match = longest_prefix(*args)  # type: ignore[arg-type]
         self.has_found.set()
         assert self.may_go_on.wait(10)
         return match
+
+    async def reached(self) -> None:
+        while not self.has_found.is_set():
+            await asyncio.sleep(0.001)
 
 
 async def find(store: Store, ids: list[int]) -> int:
@@ -375,8 +379,7 @@ async def test_nobody_waits_for_the_lookup_of_a_long_prompt(store: Store, monkey
     await put_snapshot(store, b"k", ids)
     stopping = Stopping(monkeypatch)
     task = asyncio.create_task(find(store, ids))
-    while not stopping.has_found.is_set():
-        await asyncio.sleep(0.001)
+    await stopping.reached()
     await put_snapshot(store, b"l", ids[:PAGE])
     assert not task.done()
     stopping.may_go_on.set()
@@ -392,8 +395,7 @@ async def test_a_lookup_that_ends_after_the_store_finds_nothing(
     await put_snapshot(store, b"k", ids)
     stopping = Stopping(monkeypatch)
     task = asyncio.create_task(find(store, ids))
-    while not stopping.has_found.is_set():
-        await asyncio.sleep(0.001)
+    await stopping.reached()
     threading.Timer(0.2, stopping.may_go_on.set).start()
     await store.close()
     assert await task == 0
@@ -407,8 +409,7 @@ async def test_what_is_freed_between_lookup_and_hold_is_not_found(
     await put_snapshot(store, b"short", ids[: PAGE + 3])
     stopping = Stopping(monkeypatch)
     task = asyncio.create_task(find(store, ids))
-    while not stopping.has_found.is_set():
-        await asyncio.sleep(0.001)
+    await stopping.reached()
     store.keyspace.delete(0, b"long")
     await store.keyspace.flush()
     stopping.may_go_on.set()
