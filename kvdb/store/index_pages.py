@@ -225,17 +225,21 @@ class Walk:
             yield from self._below(child, depth - 1, keys[at] if at else low, upper, name, is_number, counts)
 
     def _run(self, value: bytes, counts: dict[int, int], what: str) -> bytes:
-        """The data of a large row. value: its size (u32), then its first page (u64)."""
+        """The data of a large row. value: its size (u32), then its first page (u64).
+
+        A row that was written twice in one transaction, smaller the second time, keeps the longer run.
+        """
         n_bytes, page = struct.unpack("<IQ", value)
-        n_pages = -(-(_HEADER_BYTES + n_bytes) // self._size)
-        for number in range(page, page + n_pages):
-            self._use(number, what)
+        self._use(page, what)
         data = self._read(page * self._size, _HEADER_BYTES + n_bytes)
         if len(data) < _HEADER_BYTES + n_bytes:
             raise FormatError(f"{what}: the file ends within page {page}")
         found, _, flags, low, high = _HEADER.unpack_from(data)
-        if (found, flags, low | high << 16) != (page, _OVERFLOW, n_pages):
-            raise FormatError(f"{what}: page {page} begins no run of {n_pages} pages")
+        n_pages = low | high << 16
+        if (found, flags) != (page, _OVERFLOW) or n_pages * self._size < _HEADER_BYTES + n_bytes:
+            raise FormatError(f"{what}: page {page} begins no run of {n_bytes} bytes")
+        for number in range(page + 1, page + n_pages):
+            self._use(number, what)
         counts[_OVERFLOW] += n_pages
         return data[_HEADER_BYTES:]
 

@@ -14,6 +14,7 @@ from kvdb.commands.info import _index_status
 from kvdb.errors import CorruptError, KvdbError
 from kvdb.store import index_damage
 from kvdb.store.entries import Entry, EntryType, SessionValue
+from kvdb.store.entry_writes import write_entry
 from kvdb.store.files import OsFiles
 from kvdb.store.index import CRC_BYTES, STAMP, Index, Table, Txn, seal, unseal
 from kvdb.store.index_pages import Walk, read_metas
@@ -151,6 +152,19 @@ async def test_an_index_with_a_damaged_page_is_neither_served_nor_repaired(folde
     assert len(report.left) == 1
     assert "go back to a backup" in report.left[0].message
     assert (folder / "index" / "data.mdb").read_bytes() == before
+
+
+async def test_a_row_that_shrank_in_one_transaction_is_sound(folder: Path) -> None:
+    """A string, then a snapshot under the same key, in one round: LMDB keeps the string's run of pages."""
+    store = Store.open(folder, loop=asyncio.get_running_loop())
+    store.keyspace.put(0, b"twice", string(b"long" * 5000))
+    key = (0, b"twice")
+    await store._committer.submit(lambda txn, work: write_entry(txn, work, *key, string(b"short")))
+    await store.close()
+    assert findings(folder) == []
+    store = Store.open(folder, loop=asyncio.get_running_loop())
+    assert store.keyspace.get(*key) == string(b"short")
+    await store.close()
 
 
 async def test_a_large_index_is_checked_while_it_is_served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
