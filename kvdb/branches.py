@@ -108,9 +108,9 @@ async def fork(sessions: Sessions, db: int, source: bytes, dests: Sequence[bytes
 
 
 async def _make_durable(sessions: Sessions, made: Sequence[bytes]) -> None:
-    """Commit new names of sessions; they are taken back if that fails."""
+    """Make new names of sessions durable; they are taken back if that fails."""
     try:
-        await sessions.keyspace.flush()
+        await sessions.keyspace.make_durable()
     except KvdbError:
         for uid in made:
             if (place := sessions.keyspace.session_place(uid)) is not None:

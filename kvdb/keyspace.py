@@ -1,22 +1,23 @@
 """The keyspace: what every key holds, read and changed on the event-loop thread without waiting for a disk.
 
-Changes go to an in-memory layer, the *active* one. A commit round takes it whole (`freeze`); while that round is under
-way the frozen layer lies between the active layer and the index, and when it is committed it is dropped. A round that
+Changes go to an in-memory layer, the *active* one. A round takes it whole (`freeze`); while that round is under way the
+frozen layer lies between the active layer and what is below. A round that commits drops it; one that only wrote it to
+the change log adds it to the *logged* layer, which lies on the index until the next commit takes it along. A round that
 fails gives its layer back: the changes are merged under the newer ones and go with the next round. So a reader always
 sees every change in order, and a layer, hence a command or a transaction, is on disk as a whole or not at all.
 
-Small entries that were read or committed lately are kept decoded in `_clean`: it only ever repeats what the index says.
+Small entries that were read or made durable lately are kept decoded in `_clean`: it only ever repeats what the index
+and the logged layer say.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-import logging
 import random
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -26,7 +27,6 @@ from kvdb.errors import CorruptError, KvdbError, WrongTypeError
 from kvdb.store.committer import Committer, Frozen
 from kvdb.store.entries import (
     DATABASES,
-    LARGE_STRING_BYTES,
     Entry,
     EntryType,
     HeldString,
@@ -41,19 +41,10 @@ from kvdb.store.entries import (
     name_hash,
     name_key,
 )
-from kvdb.store.entry_writes import (
-    clear_database,
-    cut_journal,
-    drop_journal,
-    read_journal,
-    write_entry,
-    write_journal,
-)
-from kvdb.store.index import Index, Table, Txn, from_u64, u16, u64
-from kvdb.store.strings import LargeString, Refs
-from kvdb.store.work import Work, size_name
-
-log = logging.getLogger("kvdb")
+from kvdb.store.entry_writes import read_journal
+from kvdb.store.index import Index, Table, from_u64, u16, u64
+from kvdb.store.layer import JournalChange, Layer
+from kvdb.store.work import size_name
 
 Type = EntryType  # callers say keyspace.Type.SESSION
 _SESSION = EntryType.SESSION
@@ -67,73 +58,21 @@ def _clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-class _Layer:
-    """Changes on top of what lies below: entries (None: deleted), cleared databases, journal operations."""
+class _Handed:
+    """What a round is given (committer.Frozen)."""
 
-    __slots__ = ("below", "cleared", "due", "journal", "maps", "ordered", "seen")
+    def __init__(self, logged: Layer | None, newest: Layer) -> None:
+        self.newest = newest
+        self._logged = logged
 
-    def __init__(self) -> None:
-        self.maps: list[dict[bytes, Entry | None]] = [{} for _ in range(DATABASES)]
-        self.cleared: set[int] = set()
-        self.due: list[tuple[int, int, bytes]] = []  # heap of (expire ms, db, key); stale items are harmless
-        self.journal: dict[bytes, list[_JournalChange]] = {}
-        # Keys never leave a map before the layer does, so these describe its first `seen[db]` keys for good:
-        self.seen = [0] * DATABASES
-        self.below = [0] * DATABASES  # how many of them also exist below this layer
-        self.ordered: list[list[tuple[int, bytes]]] = [[] for _ in range(DATABASES)]  # (hash, key), sorted
-
-    def __bool__(self) -> bool:
-        return bool(self.cleared or self.journal or any(self.maps))
-
-    def forget_counts(self) -> None:
-        """What lies below has changed."""
-        self.seen = [0] * DATABASES
-        self.below = [0] * DATABASES
-
-    @property
-    def large(self) -> list[LargeString]:
-        """Strings that are, or become, records of their own (committer.Frozen)."""
-        return [
-            (db, key, value)
-            for db, entries in enumerate(self.maps)
-            for key, entry in entries.items()
-            if entry is not None
-            and ((type(value := entry[2]) is bytes and len(value) >= LARGE_STRING_BYTES) or type(value) is HeldString)
-        ]
-
-    def apply(self, txn: Txn, work: Work, refs: Refs) -> None:
-        """Make the changes, in the commit thread (committer.Frozen). A layer does not change while it is frozen."""
-        for db in self.cleared:
-            clear_database(txn, work, db)
-        for db, entries in enumerate(self.maps):
-            for key, entry in entries.items():
-                if refs and entry is not None and (db, key) in refs:
-                    if (ref := refs[db, key]) is None:
-                        log.error("key %r of database %d keeps its old value: the new one could not be synced", key, db)
-                        continue
-                    entry = entry._replace(value=ref)
-                write_entry(txn, work, db, key, entry)
-        for uid, changes in self.journal.items():
-            if txn.get(Table.SESSIONS, uid) is None:
-                continue  # the session came and went between two commits: no key names its journal
-            for change in changes:
-                if change.drop:
-                    drop_journal(txn, uid, change.position)
-                elif change.ids is None:
-                    cut_journal(txn, uid, change.position)
-                else:
-                    write_journal(txn, uid, change.position, bytes(change.ids))
-
-
-class _JournalChange:
-    """One change of a session's journal: `ids` is None for a cut, b"" with `drop` for forgetting the beginning."""
-
-    __slots__ = ("drop", "ids", "position")
-
-    def __init__(self, position: int, ids: bytearray | None, drop: bool = False) -> None:
-        self.position = position
-        self.ids = ids
-        self.drop = drop
+    def whole(self) -> Layer:
+        """All that the index lacks. In the commit thread, while neither layer changes."""
+        if self._logged is None:
+            return self.newest
+        layer = Layer()
+        layer.take(self._logged)
+        layer.take(self.newest)
+        return layer
 
 
 class Keyspace:
@@ -152,10 +91,11 @@ class Keyspace:
         self._hold = hold
         self._clock = clock
         self._reader = index.begin()
-        self._active = _Layer()
+        self._active = Layer()
         self.round = 0  # how many layers were handed over: see kvdb.containers
         self._maps = self._active.maps
-        self._frozen: _Layer | None = None
+        self._frozen: Layer | None = None
+        self._logged: Layer | None = None
         self._clean: list[dict[bytes, Entry | None]] = [{} for _ in range(DATABASES)]
         self.on_expired: Callable[[int, bytes], None] = lambda db, key: None  # told at once, as readers see it
         # Session uid -> where its entry was put last. An entry that was overwritten leaves a stale item behind, so
@@ -194,14 +134,16 @@ class Keyspace:
         is_newest = self._frozen is None and db not in self._active.cleared
         return self._maps[db], self._clean[db] if is_newest else {}
 
+    def _newest(self, db: int, key: bytes) -> Entry | None:
+        entry: Entry | None = self._maps[db].get(key, _MISSING)
+        return self._fetch(db, key) if entry is _MISSING else entry
+
     def exists(self, db: int, key: bytes) -> bool:
         """Whether a key holds something."""
-        entry: Entry | None = self._maps[db].get(key, _MISSING)
-        if entry is _MISSING:
-            try:
-                entry = self._fetch(db, key)
-            except CorruptError:
-                return True  # its row in the index is damaged: it can be deleted and set again
+        try:
+            entry = self._newest(db, key)
+        except CorruptError:
+            return True  # its row in the index is damaged: it can be deleted and set again
         if entry is not None and entry[1] and entry[1] <= self._clock():
             self._expire(db, key)
             return False
@@ -226,10 +168,20 @@ class Keyspace:
                 return None
         entry = self._clean[db].get(key, _MISSING)
         if entry is _MISSING:
-            data = self._reader.get(Table.KEYS, name_key(db, key))
-            entry = None if data is None else decode_entry(data)
+            entry = self._read(db, key)
             self._keep_clean(db, key, entry)
         return entry
+
+    def _read(self, db: int, key: bytes) -> Entry | None:
+        """What the logged layer and the index say."""
+        if (logged := self._logged) is not None:
+            entry: Entry | None = logged.maps[db].get(key, _MISSING)
+            if entry is not _MISSING:
+                return entry
+            if db in logged.cleared:
+                return None
+        data = self._reader.get(Table.KEYS, name_key(db, key))
+        return None if data is None else decode_entry(data)
 
     def _keep_clean(self, db: int, key: bytes, entry: Entry | None) -> None:
         clean = self._clean[db]
@@ -244,24 +196,27 @@ class Keyspace:
             clean.clear()
         clean[key] = entry
 
-    def _is_stored_below(self, layer: _Layer, db: int, key: bytes) -> bool:
+    def _is_stored_below(self, layer: Layer, db: int, key: bytes) -> bool:
         """Whether a key, expired or not, exists in the layers below `layer`."""
         if db in layer.cleared:
             return False
-        if layer is self._active and (frozen := self._frozen) is not None:
-            entry = frozen.maps[db].get(key, _MISSING)
+        layers = self._layers()
+        for below in reversed(layers[: layers.index(layer)]):
+            entry = below.maps[db].get(key, _MISSING)
             if entry is not _MISSING:
                 return entry is not None
-            if db in frozen.cleared:
+            if db in below.cleared:
                 return False
         return self._reader.get(Table.KEYS, name_key(db, key)) is not None
+
+    def _layers(self) -> list[Layer]:
+        """All layers, the oldest first."""
+        return [layer for layer in (self._logged, self._frozen, self._active) if layer is not None]
 
     def size(self, db: int) -> int:
         """Number of keys, also of those that have expired and were not deleted yet (as in Redis)."""
         total = self._reader.meta(size_name(db))
-        for layer in (self._frozen, self._active):
-            if layer is None:
-                continue
+        for layer in self._layers():
             if db in layer.cleared:
                 total = 0
             entries = layer.maps[db]
@@ -310,11 +265,7 @@ class Keyspace:
 
     def clear(self, db: int) -> None:
         """Delete every key of a database."""
-        active = self._active
-        active.maps[db].clear()
-        active.ordered[db].clear()
-        active.seen[db] = active.below[db] = 0
-        active.cleared.add(db)
+        self._active.clear(db)
         self._clean[db].clear()
 
     def _expire(self, db: int, key: bytes) -> None:
@@ -330,8 +281,7 @@ class Keyspace:
         the hash of keys: nothing that happens to other keys moves a key.
         """
         names = self._stored_names(db, cursor, count)
-        layers = [layer for layer in (self._frozen, self._active) if layer is not None]
-        for layer in layers:
+        for layer in self._layers():
             names += self._ordered_from(layer, db, cursor, count)
         names = sorted(set(names))
         stop = _HASHES
@@ -343,7 +293,7 @@ class Keyspace:
 
     def _stored_names(self, db: int, cursor: int, count: int) -> list[tuple[int, bytes]]:
         """At least `count` + 1 (hash, key) of the index if there are that many, whole groups of equal hashes."""
-        if any(layer is not None and db in layer.cleared for layer in (self._frozen, self._active)):
+        if any(db in layer.cleared for layer in self._layers()):
             return []
         names: list[tuple[int, bytes]] = []
         for name, data in self._reader.scan(Table.KEYS, u16(db) + u64(cursor), u16(db), damaged=b""):
@@ -354,7 +304,7 @@ class Keyspace:
                 names.append((number, decode_key(name, data)))
         return names
 
-    def _ordered_from(self, layer: _Layer, db: int, cursor: int, count: int) -> list[tuple[int, bytes]]:
+    def _ordered_from(self, layer: Layer, db: int, cursor: int, count: int) -> list[tuple[int, bytes]]:
         """The same of a layer. Hashes each key of a layer once."""
         ordered, entries = layer.ordered[db], layer.maps[db]
         if len(ordered) < len(entries):
@@ -382,13 +332,13 @@ class Keyspace:
     def expire_cycle(self, now_ms: int, limit: int = 1000) -> list[tuple[int, bytes]]:
         """Delete keys whose time has come, at most `limit`, and return them."""
         expired: list[tuple[int, bytes]] = []
-        due = self._active.due
-        while due and due[0][0] <= now_ms and len(expired) < limit:
-            ms, db, key = heapq.heappop(due)
-            entry = self._maps[db].get(key)
-            if entry is not None and entry[1] == ms:
-                self._expire(db, key)
-                expired.append((db, key))
+        for layer in self._layers():
+            while layer.due and layer.due[0][0] <= now_ms and len(expired) < limit:
+                ms, db, key = heapq.heappop(layer.due)
+                entry = self._newest(db, key)
+                if entry is not None and entry[1] == ms:
+                    self._expire(db, key)
+                    expired.append((db, key))
         for name, _ in self._reader.scan(Table.EXPIRES, damaged=b""):
             ms = from_u64(name[:8])
             if ms > now_ms or len(expired) >= limit:
@@ -415,15 +365,15 @@ class Keyspace:
         if changes and (last := changes[-1]).ids is not None and last.position + len(last.ids) // 4 == first:
             last.ids += ids
         else:
-            changes.append(_JournalChange(first, bytearray(ids)))
+            changes.append(JournalChange(first, bytearray(ids)))
 
     def journal_cut(self, uid: bytes, n_tokens: int) -> None:
         """Forget the session's tokens at positions `n_tokens` and later (REWIND)."""
-        self._active.journal.setdefault(uid, []).append(_JournalChange(n_tokens, None))
+        self._active.journal.setdefault(uid, []).append(JournalChange(n_tokens, None))
 
     def journal_drop(self, uid: bytes, n_tokens: int) -> None:
         """Forget the session's tokens before `n_tokens`: a snapshot holds them now."""
-        self._active.journal.setdefault(uid, []).append(_JournalChange(n_tokens, None, drop=True))
+        self._active.journal.setdefault(uid, []).append(JournalChange(n_tokens, None, drop=True))
 
     def journal_read(self, uid: bytes) -> tuple[int, bytes]:
         """(first position, u32 little-endian ids) of the session's journal; (0, b"") if it is empty.
@@ -431,10 +381,9 @@ class Keyspace:
         Raises KvdbError if there is a gap: some token is known to be missing.
         """
         start, ids = 0, bytearray()
-        changes = [_JournalChange(row_first, bytearray(row)) for row_first, row in read_journal(self._reader, uid)]
-        for layer in (self._frozen, self._active):
-            if layer is not None:
-                changes += layer.journal.get(uid, [])
+        changes = [JournalChange(row_first, bytearray(row)) for row_first, row in read_journal(self._reader, uid)]
+        for layer in self._layers():
+            changes += layer.journal.get(uid, [])
         for change in changes:
             at = 4 * (change.position - start)
             if change.drop:
@@ -493,53 +442,75 @@ class Keyspace:
         """Whether something waits for a commit."""
         return bool(self._active) or self._frozen is not None
 
+    def make_durable(self) -> asyncio.Future[None]:
+        """Everything changed so far becomes durable, in the change log or the index; raises what that failed with."""
+        return self._committer.make_durable()
+
     def flush(self) -> asyncio.Future[None]:
-        """Everything changed so far becomes durable; raises what the commit failed with."""
+        """Everything changed so far comes into the index; raises what the commit failed with."""
         return self._committer.flush()
 
     def flush_soon(self) -> None:
         """Begin to make changes durable and to give back what is not needed. The owner calls this every second."""
-        if self._active or self._committer.owes_space:
+        if self._active or self._logged is not None or self._committer.owes_space:
             self._committer.kick()
 
     def freeze(self) -> Frozen | None:
         """Hand the active layer over to a round (committer.Overlay)."""
-        if not self._active:
+        if not self._active and self._logged is None:
             return None
         layer = self._frozen = self._active
         self.round += 1
-        self._active = _Layer()
+        self._active = Layer()
         self._maps = self._active.maps
-        return layer
+        return _Handed(self._logged, layer)
 
-    def thawed(self, error: KvdbError | None) -> None:
-        """The frozen layer is in the index, or (error) goes back under the active one (committer.Overlay)."""
+    def thawed(self, error: KvdbError | None, *, is_logged: bool) -> None:
+        """The frozen layer is in the index, or in the log; or (error) it goes back under the active one
+        (committer.Overlay)."""
         layer, self._frozen = self._frozen, None
         if layer is None:
             return
         if error is not None:
-            self._merge_under(layer)
+            due = [*layer.due, *self._active.due]
+            layer.take(self._active)
+            self._active = layer
+            self._set_due(layer, due)
+            layer.forget_counts()
+            self._maps = layer.maps
             return
         for db, entries in enumerate(layer.maps):
             if db in layer.cleared:
                 self._clean[db].clear()
             for key, entry in entries.items():
                 self._keep_clean(db, key, entry)
+        if not is_logged:
+            self._logged = None
+        elif self._logged is None:
+            self._logged = layer
+        else:
+            due = [*self._logged.due, *layer.due]
+            self._logged.take(layer)
+            self._set_due(self._logged, due)
 
-    def _merge_under(self, layer: _Layer) -> None:
-        active = self._active
-        for db, entries in enumerate(layer.maps):
-            if db not in active.cleared:
-                active.maps[db] = entries | active.maps[db]
-            active.ordered[db].clear()
-        for uid, changes in active.journal.items():
-            layer.journal.setdefault(uid, []).extend(changes)
-        active.journal = layer.journal
-        active.cleared |= layer.cleared
-        active.due = list(heapq.merge(active.due, layer.due))
-        heapq.heapify(active.due)
-        active.forget_counts()
-        self._maps = active.maps
+    @staticmethod
+    def _set_due(layer: Layer, due: list[tuple[int, int, bytes]]) -> None:
+        heapq.heapify(due)
+        layer.due = due
+
+    def load(self, layers: Iterable[Layer]) -> None:
+        """Make changes again that the change log held at start-up. Large strings are held."""
+        for layer in layers:
+            for db in layer.cleared:
+                self.clear(db)
+            for db, entries in enumerate(layer.maps):
+                for key, entry in entries.items():
+                    if entry is None:
+                        self._maps[db][key] = None
+                    else:
+                        self.put(db, key, entry)
+            for uid, changes in layer.journal.items():
+                self._active.journal.setdefault(uid, []).extend(changes)
 
     def committed_elsewhere(self, db: int, key: bytes) -> None:
         """Another item of a round wrote this key's entry (a snapshot and its key are one item)."""

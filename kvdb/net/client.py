@@ -393,7 +393,7 @@ class Client(asyncio.Protocol):
             try:
                 result = await work
                 if bound.is_write and self.server.durable_writes and self.server.keyspace.is_dirty:
-                    await self.server.keyspace.flush()
+                    await self.server.keyspace.make_durable()
                 encoded = encode(result, self.resp)
             except Exception as error:
                 encoded = dispatch.error_reply(self, bound, error)
@@ -459,7 +459,7 @@ class Client(asyncio.Protocol):
 
     async def _make_durable(self) -> None:
         try:
-            await self.server.keyspace.flush()
+            await self.server.keyspace.make_durable()
         except Exception as error:
             for place in self._pending_writes:
                 if place == _MUTED:

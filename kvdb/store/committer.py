@@ -13,21 +13,27 @@ One round is in flight at a time. It takes the keyspace overlay and every item s
     5. on the event loop: readers see the commit, futures are resolved. If LMDB gave the index up it is opened again
     6. freed ranges are punched, empty segments unlinked: after some rounds at a time
 
-Steps 1 to 4 and 6 run in the commit thread. What arrives meanwhile waits for the next round, so a busy store commits
-many commands with each sync, and an idle one commits at once.
+A round that nobody asks more of than that changes of keys are durable writes these to the change log (change_log.py),
+behind the strings that they name, instead of 3 and 4; if the log cannot take them it goes on with 3. Rounds are tried
+in the index only while the last one has failed.
+
+Steps 1 to 4 and 6 run in the commit thread. What arrives meanwhile waits for the next round, so a busy store makes many
+commands durable with each sync, and an idle one each at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from kvdb.errors import KvdbError, MisconfError, NoSpaceError
 from kvdb.store.ballast import Ballast
+from kvdb.store.change_log import ChangeLog
+from kvdb.store.entries import HeldString, place_of
 from kvdb.store.errors import as_kvdb_error
 from kvdb.store.files import Files
 from kvdb.store.holds import Holds, sweep
@@ -45,13 +51,17 @@ DISK_FULL = "the disk is full: free space or delete keys, then retry"
 
 RETRY_S = 1.0
 TIDY_S = 0.5
+MAX_LOGGED_BYTES = 16 << 20
 
 T = TypeVar("T")
 ItemFunction = Callable[[Txn, Work], T]
 
 
-class Frozen(Protocol):
-    """Changes of the keyspace that go into one round."""
+class Changes(Protocol):
+    """Changes of the keyspace."""
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
 
     @property
     def large(self) -> Sequence[LargeString]:
@@ -60,6 +70,20 @@ class Frozen(Protocol):
     def apply(self, txn: Txn, work: Work, refs: Refs) -> None:
         """Make the changes; refs: where the large strings lie, None for one that was lost."""
 
+    def pack(self, refs: Refs, ends: Mapping[int, tuple[int, int]]) -> bytes:
+        """As the change log keeps them; refs: as above, ends: (length, creation time) of the segments they lie in."""
+
+
+class Frozen(Protocol):
+    """What the keyspace hands to one round."""
+
+    @property
+    def newest(self) -> Changes:
+        """What neither the index nor the change log has."""
+
+    def whole(self) -> Changes:
+        """What the index lacks. In the commit thread."""
+
 
 class Overlay(Protocol):
     """What the keyspace gives to a round and is told about it."""
@@ -67,8 +91,9 @@ class Overlay(Protocol):
     def freeze(self) -> Frozen | None:
         """Hand over all changes so far, or None if there are none."""
 
-    def thawed(self, error: KvdbError | None) -> None:
-        """The round that took the frozen changes is over: they are committed, or (error) to be tried again."""
+    def thawed(self, error: KvdbError | None, *, is_logged: bool) -> None:
+        """The round that took the frozen changes is over: all are committed, or the newest are in the change log
+        (is_logged), or (error) these are to be tried again."""
 
 
 @dataclass(slots=True)
@@ -89,6 +114,8 @@ class _Round:
     busy: frozenset[int]
     retired: frozenset[int]
     dropped: list[Extent]  # received, and never committed
+    is_for_log: bool
+    is_logged: bool = False
     work: Work = field(default_factory=Work)
     error: KvdbError | None = None
     lost: KvdbError | None = None  # what a failed sync took: whoever waits for durability hears of it
@@ -109,6 +136,7 @@ class Committer:
         segments: Segments,
         holds: Holds,
         ballast: Ballast,
+        change_log: ChangeLog,
         refresh: Callable[[], None],
     ) -> None:
         self._loop = loop
@@ -117,6 +145,7 @@ class Committer:
         self._segments = segments
         self._holds = holds
         self._ballast = ballast
+        self._change_log = change_log
         self._refresh = refresh
         self._overlay: Overlay | None = None
         self._waiting: list[_Item[object]] = []
@@ -125,7 +154,7 @@ class Committer:
         self._thread = Threads(loop, 1, "kvdb-commit")
         self._is_closed = False
         self._tidying: asyncio.TimerHandle | None = None
-        self.rounds = 0
+        self._logged_bytes = 0  # of large strings that the log names and the index does not
         self._doubtful: list[Pin] = []  # kept until a commit succeeds
         self._in_doubt = False
         with index.read() as txn:
@@ -148,8 +177,15 @@ class Committer:
         return future
 
     def flush(self) -> asyncio.Future[None]:
-        """Everything done so far becomes durable; raises what the commit failed with."""
+        """Everything done so far comes into the index; raises what the commit failed with."""
         return self.submit(_nothing)
+
+    def make_durable(self) -> asyncio.Future[None]:
+        """The keyspace's changes so far become durable, in the index or in the change log; raises what failed."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.append(_Item(_nothing, future, None))  # type: ignore[arg-type]
+        self._run_soon()
+        return future
 
     @property
     def owes_space(self) -> bool:
@@ -157,11 +193,12 @@ class Committer:
         return self._segments.has_dropped or self._segments.pins.are_late
 
     def kick(self) -> None:
-        """Start a round as soon as none is running. Does nothing once closed."""
-        if self._is_closed:
-            return
+        """Start a round that commits as soon as none is running. Does nothing once closed."""
         self._wanted = True
-        if self._running is None:
+        self._run_soon()
+
+    def _run_soon(self) -> None:
+        if self._running is None and not self._is_closed:
             self._running = self._loop.create_future()
             self._loop.call_soon(self._start)
 
@@ -191,13 +228,19 @@ class Committer:
         self._is_closed = True
         self._tidy()
         self._thread.close()
+        self._change_log.close()
 
     def _start(self) -> None:
         items, self._waiting = self._waiting, []
-        self._wanted = False
+        is_for_log = not self._wanted and self.error is None
         overlay = self._overlay.freeze() if self._overlay else None
-        dropped = self._segments.take_dropped()
-        this = _Round(items, overlay, self._segments.busy(), self._segments.take_retired(), dropped)
+        busy = self._segments.busy()
+        if is_for_log:
+            this = _Round(items, overlay, busy, frozenset(), [], True)
+        else:
+            dropped = self._segments.take_dropped()
+            this = _Round(items, overlay, busy, self._segments.take_retired(), dropped, False)
+        self._wanted = False
         self._thread.start(partial(self._run, this), partial(self._finish, this))
 
     def _finish(self, this: _Round, _: None, bug: BaseException | None) -> None:
@@ -214,12 +257,8 @@ class Committer:
     def _conclude(self, this: _Round, bug: BaseException | None) -> None:
         if bug is not None:
             this.error = as_kvdb_error(bug, "commit")
-        try:
-            self._refresh()
-        except Exception as problem:
-            this.error = this.error or as_kvdb_error(problem, "commit")
-            this.is_in_doubt = True
-        self.rounds += 1
+        if not this.is_logged:
+            self._refresh_view(this)
         self.error = this.error or this.full
         if self.error is not None:
             # Refused writes start no round: without this the store would not notice that there is space again.
@@ -227,7 +266,7 @@ class Committer:
         self.live_bytes += sum(this.work.live_delta.values())
         self._holds.end_round()
         if this.overlay is not None and self._overlay is not None:
-            self._overlay.thawed(this.error)
+            self._overlay.thawed(this.error, is_logged=this.is_logged)
         for item in this.items:
             error = this.error or item.error or (this.lost if item.function is _nothing else None)
             if item.extent is not None:
@@ -249,6 +288,13 @@ class Committer:
         else:
             self._tidy()
 
+    def _refresh_view(self, this: _Round) -> None:
+        try:
+            self._refresh()
+        except Exception as problem:
+            this.error = this.error or as_kvdb_error(problem, "commit")
+            this.is_in_doubt = True
+
     def _keep_doubtful(self, this: _Round) -> None:
         """What a round in doubt frees, and those that fail behind it, is given back after the next commit.
 
@@ -265,6 +311,8 @@ class Committer:
     # In the commit thread from here on.
 
     def _run(self, this: _Round) -> None:
+        if this.is_for_log and self._log(this):
+            return
         self._sync(this.items)
         try:
             self._commit(this)
@@ -276,6 +324,35 @@ class Committer:
                 self._commit_without_records(this, this.error)
         if not self._ballast.fill() and this.error is None:
             this.full = NoSpaceError(DISK_FULL)
+
+    def _log(self, this: _Round) -> bool:
+        """Make the newest changes durable in the change log; False if they must be committed."""
+        changes = this.overlay.newest if this.overlay is not None else None
+        if changes:
+            strings = changes.large
+            if not all(self._may_log(value) for _, _, value in strings):
+                return False
+            try:
+                stored = store_strings(self._segments, self._files, strings)
+                if stored.reservation is not None:
+                    return False  # a segment was given up in this moment
+                if not self._change_log.append(changes.pack(stored.refs, stored.ends)):
+                    return False
+                stored.wait()  # both syncs at once: a start-up looks whether the last record's strings are whole
+            except Exception as error:
+                this.error = as_kvdb_error(error, "commit")
+                return True
+            for string in stored.fresh:
+                string.is_synced = True
+            self._logged_bytes += sum(string.n_bytes for string in stored.fresh)
+        this.is_logged = True
+        return True
+
+    def _may_log(self, value: bytes | HeldString) -> bool:
+        """Whether a large string needs no more than a sync. Not too many of them: a commit gives their space back."""
+        if isinstance(value, bytes) or self._logged_bytes >= MAX_LOGGED_BYTES:
+            return False
+        return value.is_committed or value.is_synced or not self._segments.is_abandoned(place_of(value).segment)
 
     def _commit_without_records(self, this: _Round, error: KvdbError) -> None:
         """Use the ballast's space for everything but new records: deletions free more than that."""
@@ -292,12 +369,13 @@ class Committer:
     def _commit(self, this: _Round) -> None:
         this.work = Work(freed=this.dropped.copy())
         stored = Stored()
-        if this.overlay is not None and (large := this.overlay.large):
+        changes = this.overlay.whole() if this.overlay is not None else None
+        if changes is not None and (large := changes.large):
             stored = store_strings(self._segments, self._files, large)
         txn = self._index.begin_write()
         try:
-            if this.overlay is not None:
-                this.overlay.apply(txn, this.work, stored.refs)
+            if changes is not None:
+                changes.apply(txn, this.work, stored.refs)
                 for segment, end in stored.ends.items():
                     this.work.commit_up_to(segment, *end)
             for item in this.items:
@@ -309,7 +387,7 @@ class Committer:
             # Large strings of this very round may lie in a segment that was reserved after `busy` was taken.
             settle(txn, this.work, this.busy | self._segments.busy())
             stored.wait()
-            txn.commit(self._files.commit)
+            stamp = txn.commit(self._files.commit)
         except BaseException:
             txn.raw.abort()
             this.work = Work()
@@ -317,6 +395,9 @@ class Committer:
             self._holds.end_round()
             raise
         this.is_committed = True
+        if stamp is not None:
+            self._change_log.begin(stamp)
+            self._logged_bytes = 0
         for string in stored.fresh:
             string.is_committed = True
         if None in stored.refs.values():

@@ -99,10 +99,10 @@ class HeldString:
     While this object lives the range on disk stays, whatever becomes of the entries that named it. One that was
     received from a client is not committed at first; `ref` is set when its last byte is written. `let_go` is called
     when nobody needs it any more, in any thread; it must take no lock. Sliced it shows how it begins. `sync` is its
-    segment's sync, if one was begun ahead of the round that needs it.
+    segment's sync, if one was begun ahead of the round that needs it. One that the change log names is_synced.
     """
 
-    __slots__ = ("_let_go", "created_ms", "head", "is_committed", "n_bytes", "ref", "sync")
+    __slots__ = ("_let_go", "created_ms", "head", "is_committed", "is_synced", "n_bytes", "ref", "sync")
 
     def __init__(self, n_bytes: int, head: bytes = b"") -> None:
         self.n_bytes = n_bytes
@@ -110,6 +110,7 @@ class HeldString:
         self.ref: StringRef | None = None
         self.created_ms = 0  # of its segment
         self.is_committed = False
+        self.is_synced = False
         self.sync: Sync | None = None
         self._let_go: Callable[[bool], object] | None = None
 

@@ -8,13 +8,16 @@ Every value is followed by a crc32c (u32 little-endian) of the table's number, t
 it is never used. A row whose key was hit is not found at all, and LMDB takes its own pages on trust: index_damage.py
 accounts for every page and row before an index is served, and again in VERIFY. META "txn" names the last transaction
 that changed anything; it must be the one of LMDB's meta page, whoever opens the index.
-An index of format 1, which had neither, is rewritten when it is opened to be served and can be read without.
+An index of format 1, which had neither, is rewritten when it is opened to be served and can be read without. Format 2
+had no number of its own and no change log (change_log.py), which names that number: one that was copied or repaired
+has another.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import struct
 import threading
 import time
@@ -37,12 +40,14 @@ from kvdb_protocol.errors import FormatError
 
 log = logging.getLogger("kvdb.store")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _WITHOUT_CHECKSUMS = 1
+_WITHOUT_LOG = 2
 # The file is sparse and grows with its content; the map only reserves addresses. Growing a map while readers are open
 # is not allowed by LMDB, so it is taken large once.
 MAP_BYTES = 1 << 40
 STAMP = b"txn"
+ID = b"id"
 FORMAT_NAME = b"format"
 _TRIES = 20
 REOPEN_WAIT_S = 5.0  # how long a thread waits for an index that is opened again
@@ -184,14 +189,19 @@ class Txn:
         self._changed[0] = True
         return bool(self.raw.delete(key, db=self._tables[table]))
 
-    def commit(self, through: Callable[[Callable[[], None]], None] | None = None) -> None:
-        """Commit a write transaction. through: what runs LMDB's commit (Files.commit)."""
-        if self._changed[0]:
-            self.put_meta(STAMP, self.raw.id())
+    def commit(self, through: Callable[[Callable[[], None]], None] | None = None) -> int | None:
+        """Commit a write transaction; return its number, None if it changed nothing.
+
+        through: what runs LMDB's commit (Files.commit).
+        """
+        stamp = int(self.raw.id()) if self._changed[0] else None
+        if stamp is not None:
+            self.put_meta(STAMP, stamp)
         if through is None:
             self.raw.commit()
         else:
             through(self.raw.commit)
+        return stamp
 
     def count(self, table: Table) -> int:
         """Number of keys in a table."""
@@ -365,8 +375,10 @@ class Index:
                 found = _format(raw, tables)
                 if found is None and any(raw.stat(table)["entries"] for table in tables):
                     raise CorruptError(f"the index {self.path} does not say its format: it is damaged")
-                if found is None or found == _WITHOUT_CHECKSUMS:
-                    self._make_current(raw, tables)
+                if found in (None, _WITHOUT_CHECKSUMS):
+                    _add_checksums(raw, tables)
+                if found in (None, _WITHOUT_CHECKSUMS, _WITHOUT_LOG):
+                    _make_current(raw, tables)
         else:
             try:
                 tables = [self._env.open_db(name, create=False) for name in names]
@@ -374,9 +386,10 @@ class Index:
                 raise KvdbError(f"{self.path} is not a kvdb index: {error}") from error
         with self._env.begin() as raw:
             found = _format(raw, tables)
-        if found not in (FORMAT_VERSION, _WITHOUT_CHECKSUMS):
+            self.id = Txn(raw, tables).meta(ID) if found == FORMAT_VERSION else 0
+        if found not in (FORMAT_VERSION, _WITHOUT_LOG, _WITHOUT_CHECKSUMS):
             raise KvdbError(f"{self.path} has format {found}; this program reads formats up to {FORMAT_VERSION}")
-        self._is_sealed = found == FORMAT_VERSION
+        self._is_sealed = found != _WITHOUT_CHECKSUMS
         return tables
 
     def _refuse_unknown(self, names: Sequence[bytes]) -> None:
@@ -387,16 +400,6 @@ class Index:
                 f"the index {self.path} has a table {unknown[0]!r} that this program does not know: it is damaged, or "
                 "of a newer version"
             )
-
-    @staticmethod
-    def _make_current(raw: lmdb.Transaction, tables: Sequence[Any]) -> None:
-        """Give every row of an old (or new, empty) index its checksum."""
-        txn = Txn(raw, tables, is_sealed=False)
-        for table in Table:
-            for key, value in list(txn.scan(table)):
-                txn.put(table, key, value)
-        txn.put_meta(STAMP, raw.id())
-        txn.put_meta(FORMAT_NAME, FORMAT_VERSION)
 
     def begin(self) -> Txn:
         """The view: a read transaction that this thread keeps, and renews after each commit or ends by `raw.abort`."""
@@ -508,7 +511,8 @@ class Index:
                 meta = env.open_db(b"meta")
                 for _ in range(2):
                     with env.begin(write=True) as raw:
-                        raw.put(STAMP, seal(Table.META, STAMP, msgpack.packb(raw.id())), db=meta)
+                        for name, value in ((STAMP, raw.id()), (ID, new_id())):
+                            raw.put(name, seal(Table.META, name, msgpack.packb(value)), db=meta)
         except lmdb.Error as error:
             raise as_kvdb_error(error, "copy of the index") from error
 
@@ -520,6 +524,27 @@ class Index:
     def close(self) -> None:
         """Close the environment; no transaction may be open."""
         self._env.close()
+
+
+def _add_checksums(raw: lmdb.Transaction, tables: Sequence[Any]) -> None:
+    """Give every row of an old index its checksum."""
+    txn = Txn(raw, tables, is_sealed=False)
+    for table in Table:
+        for key, value in list(txn.scan(table)):
+            txn.put(table, key, value)
+
+
+def _make_current(raw: lmdb.Transaction, tables: Sequence[Any]) -> None:
+    """Make a new index, or one of an older format whose rows have checksums, one of this format."""
+    txn = Txn(raw, tables)
+    txn.put_meta(ID, new_id())
+    txn.put_meta(STAMP, raw.id())
+    txn.put_meta(FORMAT_NAME, FORMAT_VERSION)
+
+
+def new_id() -> int:
+    """A number that no other index has."""
+    return secrets.randbits(63) + 1
 
 
 def _format(raw: lmdb.Transaction, tables: Sequence[Any]) -> int | None:

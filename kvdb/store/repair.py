@@ -11,26 +11,51 @@ from collections.abc import Collection
 
 import msgpack
 
+from kvdb.errors import KvdbError
 from kvdb.store.entries import DATABASES, Entry, decode_entry, decode_key, name_db, referenced_snapshot
-from kvdb.store.index import Index, Table, Txn, from_place_key, from_u64, u64
+from kvdb.store.index import ID, Index, Table, Txn, from_place_key, from_u64, new_id, u64
+from kvdb.store.logged import Logged
 from kvdb.store.rows import PlaceRow, SegmentRow
 from kvdb.store.segments import segment_name
 from kvdb.store.verify import Contents, KeyRows, count_refs, derived_rows, key_rows, live_bytes, load
-from kvdb.store.work import size_name
+from kvdb.store.work import Work, settle, size_name
 from kvdb_protocol.errors import FormatError
 from kvdb_protocol.ids import NO_PAGE
 from kvdb_protocol.record import record_bytes
 
 
-def repair(index: Index, damaged: Collection[bytes]) -> list[str]:
-    """Drop damaged pages and snapshots (by id) and all that needs them; return what was done, in words."""
+def repair(index: Index, damaged: Collection[bytes], logged: Logged) -> list[str]:
+    """Drop damaged pages and snapshots (by id) and all that needs them; return what was done, in words.
+
+    logged: what the change log has: a repaired index has another id, which makes the log void.
+    """
     txn = index.begin_write()
     try:
-        said = _repair(txn, set(damaged))
+        said = _apply_logged(index, txn, logged)
+        said += _repair(txn, set(damaged))
+        txn.put_meta(ID, new_id())
     except BaseException:
         txn.raw.abort()
         raise
     txn.commit()
+    return said
+
+
+def _apply_logged(index: Index, txn: Txn, logged: Logged) -> list[str]:
+    said = []
+    for number, layer in enumerate(logged.layers):
+        child = index.begin_write(txn)
+        work = Work()
+        try:
+            layer.apply(child, work, {})
+            for segment, end in logged.ends.items():
+                work.commit_up_to(segment, *end)
+            settle(child, work, ())
+            child.raw.commit()
+        except (KvdbError, ValueError, TypeError) as error:
+            child.raw.abort()
+            said.append(f"dropped {len(logged.layers) - number} changes of the change log: {error}")
+            break
     return said
 
 

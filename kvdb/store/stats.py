@@ -1,9 +1,11 @@
-"""Where every byte of a data directory is: live, shared, dead, index, journal."""
+"""Where every byte of a data directory is: live, shared, dead, index, journal, log."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from kvdb.store.change_log import LOG_NAME
 from kvdb.store.errors import as_kvdb_error
 from kvdb.store.files import Files
 from kvdb.store.index import Index, Table, Txn
@@ -20,6 +22,7 @@ class StoreStats:
     live_unique: records that one snapshot needs; live_shared: pages that several need; strings: records of large
     strings. dead: committed bytes without
     a record. segments_disk: what the file system has allocated for segments (dead bytes that were punched are not).
+    journal: the part of `index` that token journals take. log: the change log's file.
     """
 
     snapshots: int
@@ -34,6 +37,7 @@ class StoreStats:
     segments_disk: int
     index: int
     journal: int
+    log: int
 
     @property
     def live(self) -> int:
@@ -79,18 +83,20 @@ def measure(index: Index, segments: Segments, files: Files) -> StoreStats:
         strings = live - unique - shared  # every other live record
         figures = (txn.count(Table.SNAPSHOTS), cached, len(reached), len(rows))
         journal = txn.table_bytes(Table.JOURNAL)
-    disk = 0
-    for segment_id in rows:
-        try:
-            fd = files.open(segments.path(segment_id), write=False)
-        except FileNotFoundError:
-            continue  # unlinked since, or damage that VERIFY reports
-        except OSError as error:
-            raise as_kvdb_error(error, "measuring segments") from error
-        try:
-            disk += files.disk_bytes(fd)
-        finally:
-            files.close(fd)
-    return StoreStats(
-        *figures, unique, shared, strings, committed - headers - live, headers, disk, index.file_bytes, journal
-    )
+    dead = committed - headers - live
+    disk = sum(_disk_bytes(files, segments.path(segment_id)) for segment_id in rows)
+    change_log = _disk_bytes(files, segments.folder.with_name(LOG_NAME))
+    return StoreStats(*figures, unique, shared, strings, dead, headers, disk, index.file_bytes, journal, change_log)
+
+
+def _disk_bytes(files: Files, path: Path) -> int:
+    try:
+        fd = files.open(path, write=False)
+    except FileNotFoundError:
+        return 0  # unlinked since, or damage that VERIFY reports
+    except OSError as error:
+        raise as_kvdb_error(error, "measuring files") from error
+    try:
+        return files.disk_bytes(fd)
+    finally:
+        files.close(fd)

@@ -20,12 +20,13 @@ from typing import TypeVar
 import lmdb
 import msgpack
 
-from kvdb.errors import KvdbError, NoSpaceError, SnapshotGoneError, StalePagesError, WrongModelError
+from kvdb.errors import CorruptError, KvdbError, NoSpaceError, SnapshotGoneError, StalePagesError, WrongModelError
 from kvdb.keyspace import Keyspace
 from kvdb.store.backup import BackupReport
 from kvdb.store.ballast import Ballast
 from kvdb.store.budget import INDEX_MARGIN, Budget
 from kvdb.store.care import Care
+from kvdb.store.change_log import ChangeLog
 from kvdb.store.committer import DISK_FULL, Committer
 from kvdb.store.entries import Entry, SessionValue
 from kvdb.store.entry_writes import rebase_session, write_entry
@@ -33,10 +34,11 @@ from kvdb.store.errors import as_kvdb_error
 from kvdb.store.exchange import IncomingState, export_archive, write_state
 from kvdb.store.files import Files, OsFiles
 from kvdb.store.holds import Holds
-from kvdb.store.index import Index, Table, Txn
+from kvdb.store.index import STAMP, Index, Table, Txn
 from kvdb.store.index_damage import check_while_serving, refuse_damaged
 from kvdb.store.large_strings import LargeStrings
 from kvdb.store.lock import Lock
+from kvdb.store.logged import read_logged
 from kvdb.store.lookup import Match
 from kvdb.store.matches import Matches
 from kvdb.store.pins import Pin
@@ -86,8 +88,16 @@ class Store:
         self._pool = Threads(loop, READER_THREADS, "kvdb-read")
         self._sync_pool = Threads(loop, SYNC_THREADS, "kvdb-sync")
         self._ballast = Ballast(folder / "ballast", files)
+        self._change_log = ChangeLog(folder, files, index.id)
         self._committer = Committer(
-            loop, index, files, self._segments, self._holds, self._ballast, lambda: self.keyspace.refresh()
+            loop,
+            index,
+            files,
+            self._segments,
+            self._holds,
+            self._ballast,
+            self._change_log,
+            lambda: self.keyspace.refresh(),
         )
         self.strings = LargeStrings(self._pool, files, self._segments, self._committer)
         self.keyspace = Keyspace(index, self._committer, self.strings.hold)
@@ -112,9 +122,10 @@ class Store:
     def open(cls, folder: Path, *, loop: asyncio.AbstractEventLoop, files: Files | None = None) -> Store:
         """Lock a data directory, create it if needed, and recover it.
 
-        Recovery cuts every segment to its committed length, removes segments that the index does not know and gives
-        back freed bytes that a crash left. Raises KvdbError if another daemon has the directory, CorruptError if the
-        index is damaged; a large one is checked after opening: `checking`.
+        Recovery makes the changes again that only the change log has, cuts every segment to its committed length,
+        removes segments that nobody knows and gives back freed bytes that a crash left. Raises KvdbError if another
+        daemon has the directory, CorruptError if index or log are damaged; a large index is checked after opening:
+        `checking`.
         """
         files = files or OsFiles()
         lock = None
@@ -150,14 +161,26 @@ class Store:
             self._models = {model.number: fingerprint for fingerprint, model in txn.models().items()}
             next_id = txn.meta(b"next_segment", 1)
             has_pending = txn.count(Table.PENDING) > 0
+            logged, problem = read_logged(self._change_log, txn, self._segments.folder, self._files)
+        if problem:
+            raise CorruptError(f"{self.folder}: {problem}; kvdb-check --repair keeps what was logged before it")
+        logged.extend_rows(rows, untidy)
         self.problems = self._segments.recover(rows, next_id, untidy)
         for problem in self.problems:
             log.error("%s: the keys that need it will answer CORRUPT", problem)
         if not self._ballast.fill():
             self._committer.error = NoSpaceError(DISK_FULL)
             log.error("%s: %s", self.folder, DISK_FULL)
+        if logged.layers:
+            # The next round commits them. Until then no other commit may be made, which would make the log void.
+            self.keyspace.load(logged.held(self._segments, self.strings.hold))
+            log.info("%d records of the change log go into the index", len(logged.layers))
+            self._committer.kick()
+            return
         if untidy:
             self._mark_tidy(untidy)
+        with self._index.read() as txn:
+            self._change_log.begin(txn.meta(STAMP))
         if has_pending:
             self._committer.kick()
 

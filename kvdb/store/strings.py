@@ -129,7 +129,7 @@ def store_strings(segments: Segments, files: Files, strings: Sequence[LargeStrin
             unwritten.append((db, key, value))
             continue
         ref = place_of(value)
-        if not value.is_committed and segments.is_abandoned(ref.segment):
+        if not value.is_committed and not value.is_synced and segments.is_abandoned(ref.segment):
             unwritten.append((db, key, value))
             continue
         stored.refs[db, key] = ref
@@ -139,6 +139,8 @@ def store_strings(segments: Segments, files: Files, strings: Sequence[LargeStrin
         segments.pins.reclaim(Extent(ref.segment, ref.offset, record_bytes(ref.n_bytes)))
         if not value.is_committed:
             stored.fresh.append(value)
+            if value.is_synced:
+                continue
             if value.sync is not None and not value.sync.cancel():
                 stored.syncs.append(value.sync)
             else:

@@ -180,6 +180,7 @@ async def test_names_that_could_not_be_committed_are_taken_back(sessions: Sessio
         raise OSError(errno.ENOSPC, "no space left")
 
     files.commit = fail  # type: ignore[method-assign,assignment]
+    sessions.store._change_log._txn = None  # the log takes nothing until the next commit
     for work in (
         branches.fork(sessions, DB, b"s", [b"a"]),
         branches.fork(sessions, DB, b"k", [b"b"]),

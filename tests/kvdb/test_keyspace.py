@@ -363,7 +363,7 @@ async def test_random_operations_match_a_dict(tmp_path: Path) -> None:
     for number in range(3000):
         keys = store.keyspace
         key, other = b"%d" % rng.randrange(40), b"%d" % rng.randrange(40)
-        match rng.choice(("put", "put", "delete", "rename", "flush", "check", "clear", "restart")):
+        match rng.choice(("put", "put", "delete", "rename", "flush", "log", "log", "check", "clear", "restart")):
             case "put":
                 keys.put(0, key, string(b"%d" % number))
                 model[key] = b"%d" % number
@@ -376,6 +376,8 @@ async def test_random_operations_match_a_dict(tmp_path: Path) -> None:
             case "flush" if rng.random() < 0.3:
                 keys.flush_soon()
                 await asyncio.sleep(0)
+            case "log" if rng.random() < 0.3:
+                await keys.make_durable()
             case "clear" if rng.random() < 0.05:
                 keys.clear(0)
                 model.clear()

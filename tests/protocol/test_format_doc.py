@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from kvdb.store.change_log import encode_record
 from kvdb.store.entries import Entry, EntryType, StringRef, encode_entry, name_key
 from kvdb.store.index import Table, seal
+from kvdb.store.layer import Layer
 from kvdb.store.rows import pack_string_place
 from kvdb_protocol.archive import Archive, encode_head
 from kvdb_protocol.frames import encode_frame
@@ -36,6 +38,12 @@ def page() -> bytes:
     return bytes(encode_page(Page(bytes(32), bytes(32), 0, bytes(512), b"some text", sections))[0][:32])
 
 
+def changes() -> bytes:
+    layer = Layer()
+    layer.maps[0] |= {b"k": Entry(EntryType.STRING, 5, b"v"), b"gone": None}
+    return layer.pack({}, {7: (12288, 1_699_999_985_664)})
+
+
 def written() -> dict[str, bytes]:
     root = root_prefix(bytes(32))
     kvc = Kvc(2, KvcReason.COLD, KvcFlags(0), 3, 0, 64, 10, 20, b"text", b"payload", ((b"id", b"block"),))
@@ -55,6 +63,7 @@ def written() -> dict[str, bytes]:
         "shared": pack_string_place([name_key(0, key) for key in (b"a", b"b")], LARGE.n_bytes),
         "archive": encode_head(Archive("m", b"", b"", b"", 5, 7, 9, 1))[:48],
         "frame": encode_frame({"a": 1}),
+        "log": encode_record(0x1122334455667788, 9, 0, changes()),
         "seal": seal(Table.KEYS, b"key", b"value"),
     }
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,7 +68,24 @@ def test_a_clean_directory(folder: Path) -> None:
     for arguments in ((), ("--deep",), ("--repair",)):
         result = run(check, folder, *arguments)
         assert (result.exit_code, "clean" in result.output) == (0, True), result.output
-    assert parsed(check, folder, "--deep") == {"clean": True, "findings": [], "repaired": [], "left": []}
+    assert parsed(check, folder, "--deep") == {
+        "clean": True, "logged": 0, "findings": [], "repaired": [], "left": [],
+    }  # fmt: skip
+
+
+async def test_what_waits_in_the_change_log_is_said(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    store = Store.open(folder, loop=asyncio.get_running_loop())
+    store.keyspace.put(0, b"new", string(b"1"))
+    await store.keyspace.make_durable()
+    crashed = tmp_path_factory.mktemp("crashed") / "kvdb"
+    shutil.copytree(folder, crashed)
+    program = "from kvdb_tools.check import main; main()"
+    for where in (folder, crashed):  # beside a daemon, and after one was killed
+        done = subprocess.run([sys.executable, "-c", program, where], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("1 records of changes.log go into the index at the next start\nclean")
+    assert parsed(check, crashed)["logged"] == 1
+    await store.close()
+    assert parsed(check, folder)["logged"] == 0
 
 
 def test_damage_is_named_and_repaired(folder: Path) -> None:

@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kvdb.errors import CorruptError, KvdbError
+from kvdb.store.change_log import LOG_NAME, ChangeLog
 from kvdb.store.files import OsFiles
-from kvdb.store.index import Index
+from kvdb.store.index import STAMP, Index
 from kvdb.store.index_damage import damaged_rows
 from kvdb.store.lock import Lock
+from kvdb.store.logged import Logged, read_logged
 from kvdb.store.repair import repair
 from kvdb.store.verify import Finding, verify
 
@@ -32,6 +34,7 @@ class Report:
     findings: list[Finding]
     done: list[str]
     left: list[Finding]
+    n_logged: int = 0  # records of the change log that go into the index at the next start
 
 
 def check(folder: Path, *, deep: bool, mend: bool, show_progress: bool = False) -> Report:
@@ -46,10 +49,11 @@ def check(folder: Path, *, deep: bool, mend: bool, show_progress: bool = False) 
                 return Report([finding], [], [finding])
         index = Index(folder / "index", read_only=not mend)
         try:
-            findings = _verify(index, folder, deep, show_progress)
+            logged, log_findings = _read_log(index, folder)
+            findings = [*log_findings, *_verify(index, folder, deep, show_progress)]
             if not mend or not findings:
-                return Report(findings, [], findings)
-            done = repair(index, {finding.id for finding in findings if finding.id})
+                return Report(findings, [], findings, len(logged.layers))
+            done = repair(index, {finding.id for finding in findings if finding.id}, logged)
             return Report(findings, done, _verify(index, folder, deep, show_progress))
         finally:
             index.close()
@@ -71,6 +75,22 @@ def _verify(index: Index, folder: Path, deep: bool, show_progress: bool) -> list
         return list(verify(index, segments, files, deep=deep, progress=report))
 
 
+def _read_log(index: Index, folder: Path) -> tuple[Logged, list[Finding]]:
+    """What the change log has and the index has not, and what is wrong with it."""
+    files = OsFiles()
+    change_log = ChangeLog(folder, files, index.id)
+    while True:
+        with index.read() as txn:
+            stamp = txn.meta(STAMP)
+            try:
+                logged, problem = read_logged(change_log, txn, folder / "segments", files)
+            except (CorruptError, OSError) as error:
+                logged, problem = Logged(), str(error)
+        with index.read() as txn:
+            if txn.meta(STAMP) == stamp:  # else a daemon writes it anew by now
+                return logged, [Finding("log", problem)] if problem else []
+
+
 def _as_json(finding: Finding) -> dict[str, object]:
     keys = [{"db": db, "key": key.decode(errors="backslashreplace")} for db, key in finding.keys]
     return {"kind": finding.kind, "message": finding.message, "id": finding.id.hex(), "keys": keys}
@@ -83,6 +103,8 @@ def _print(report: Report, deep: bool) -> None:
             click.echo(f"    hurts key {key.decode(errors='backslashreplace')!r} of database {db}")
     for line in report.done:
         click.echo(f"repair: {line}")
+    if report.n_logged:
+        click.echo(f"{report.n_logged} records of {LOG_NAME} go into the index at the next start")
     if not report.findings:
         click.echo("clean" if deep else "clean (headers and index; --deep reads every payload)")
     elif report.done:
@@ -114,6 +136,7 @@ def main(directory: Path, deep: bool, mend: bool, as_json: bool) -> None:
             json.dumps(
                 {
                     "clean": not report.findings,
+                    "logged": report.n_logged,
                     "findings": [_as_json(finding) for finding in report.findings],
                     "repaired": report.done,
                     "left": [_as_json(finding) for finding in report.left],

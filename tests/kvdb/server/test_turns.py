@@ -60,7 +60,7 @@ async def test_no_reply_overtakes_its_commit(server: Server, monkeypatch: pytest
             raise KvdbError("the disk is gone")
         await real()
 
-    monkeypatch.setattr(server.keyspace, "flush", flush)
+    monkeypatch.setattr(server.keyspace, "make_durable", flush)
     await in_one_turn(
         lambda: client.data_received(request("GET", "none")), lambda: client.data_received(request("SET", "a", "1"))
     )

@@ -234,9 +234,9 @@ def power_loss(log: list[Event], length: int, rng: random.Random, folder: Path) 
                 assert path is not None
                 gone[path] = files.pop(path)
             case "sync_dir":
-                for file in files.values():
-                    file.is_name_synced = True
-                gone.clear()
+                for name, file in files.items():
+                    file.is_name_synced |= name.parent == path
+                gone = {name: file for name, file in gone.items() if name.parent != path}
             case "commit":
                 index = event.data
     (folder / "index").mkdir(parents=True)
@@ -260,4 +260,4 @@ def power_loss(log: list[Event], length: int, rng: random.Random, folder: Path) 
                     "write", change[1] + cut, change[2][cut:]
                 )  # fmt: skip
             apply(content, change)
-        (folder / "segments" / path.name).write_bytes(content)
+        (folder / ("segments" if path.suffix == ".seg" else "") / path.name).write_bytes(content)

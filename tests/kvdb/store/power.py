@@ -55,9 +55,9 @@ async def client(store: Store, files: LoggingFiles, number: int, rng: random.Ran
         elif action == "snapshot":
             await snapshot(store, files, number, key, rng)
         elif action in ("fork", "copy", "rename"):
-            await derive(store, files, action, rng.choice(keys), key)
+            await derive(store, files, action, rng.choice(keys), key, rng)
         else:
-            await change(store, files, action, key, b"value %d %d " % (number, step) * rng.choice((500, 9000)))
+            await change(store, files, action, key, rng, b"value %d %d " % (number, step) * rng.choice((500, 9000)))
 
 
 async def snapshot(store: Store, files: LoggingFiles, number: int, key: bytes, rng: random.Random) -> None:
@@ -76,7 +76,12 @@ async def snapshot(store: Store, files: LoggingFiles, number: int, key: bytes, r
     files.note(("acknowledged", (key,)))
 
 
-async def derive(store: Store, files: LoggingFiles, action: str, source: bytes, key: bytes) -> None:
+async def make_durable(store: Store, rng: random.Random) -> None:
+    """As a command does, or as those that need the index."""
+    await (store.keyspace.flush() if rng.random() < 0.3 else store.keyspace.make_durable())
+
+
+async def derive(store: Store, files: LoggingFiles, action: str, source: bytes, key: bytes, rng: random.Random) -> None:
     """FORK, COPY and RENAME."""
     entry = store.keyspace.get(0, source)
     if entry is None or source == key or (action == "fork" and entry.type is not EntryType.SNAPSHOT):
@@ -88,7 +93,7 @@ async def derive(store: Store, files: LoggingFiles, action: str, source: bytes, 
     if action == "rename":
         files.note(("asked", {key: value, source: None}, may_go))
         store.keyspace.rename(0, source, key)
-        await store.keyspace.flush()
+        await make_durable(store, rng)
         files.note(("acknowledged", (key, source)))
         return
     if action == "fork":
@@ -100,7 +105,7 @@ async def derive(store: Store, files: LoggingFiles, action: str, source: bytes, 
         may_go = False
     files.note(("asked", {key: value}, may_go))
     store.keyspace.put(0, key, store.keyspace.held(entry))
-    await store.keyspace.flush()
+    await make_durable(store, rng)
     files.note(("acknowledged", (key,)))
 
 
@@ -111,7 +116,7 @@ def rng_uid(source: bytes, key: bytes) -> bytes:
     return (source + key + b"%d" % next(_forks)).ljust(16, b"u")[:16]
 
 
-async def change(store: Store, files: LoggingFiles, action: str, key: bytes, value: bytes) -> None:
+async def change(store: Store, files: LoggingFiles, action: str, key: bytes, rng: random.Random, value: bytes) -> None:
     if action != "receive":
         files.note(("asked", {key: value if action == "string" else None}, False))
     if action == "receive":
@@ -128,7 +133,7 @@ async def change(store: Store, files: LoggingFiles, action: str, key: bytes, val
         store.keyspace.expire_cycle(2)
     else:
         store.keyspace.delete(0, key)
-    await store.keyspace.flush()
+    await make_durable(store, rng)
     files.note(("acknowledged", (key,)))
 
 

@@ -18,6 +18,7 @@ from kvdb.store.entry_writes import write_entry
 from kvdb.store.files import OsFiles
 from kvdb.store.index import CRC_BYTES, STAMP, Index, Table, Txn, seal, unseal
 from kvdb.store.index_pages import Walk, read_metas
+from kvdb.store.logged import Logged
 from kvdb.store.repair import repair
 from kvdb.store.store import Store
 from kvdb.store.verify import verify
@@ -189,7 +190,7 @@ def test_repair_drops_damaged_rows(folder: Path) -> None:
         txn.raw.put(key, value + b"bad!", db=txn._tables[table])
     txn.commit()
     found = list(verify(index, folder / "segments", OsFiles(), deep=True))
-    said = repair(index, {finding.id for finding in found if finding.id})
+    said = repair(index, {finding.id for finding in found if finding.id}, Logged())
     assert said.count("dropped a row of table keys that failed its checksum") == 1
     left = [finding.message for finding in verify(index, folder / "segments", OsFiles(), deep=True)]
     index.close()
@@ -279,7 +280,7 @@ async def test_an_index_of_format_1_is_read_and_made_current(folder: Path) -> No
     index = Index(folder / "index")
     with index.read() as txn:
         assert isinstance(txn, Txn)
-        assert txn.meta(b"format") == 2
+        assert txn.meta(b"format") == 3
         assert 0 < txn.meta(STAMP) <= txn.raw.id()
     index.close()
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from kvdb.store.ballast import BALLAST_BYTES
+from kvdb.store.change_log import LOG_BYTES, LOG_NAME
 from kvdb.store.store import Store
 from tests.kvdb.store.states import MODEL, PAGE, put_snapshot, string, tokens
 
@@ -62,6 +63,10 @@ async def test_the_sum_is_what_the_file_system_has_allocated(tmp_path: Path) -> 
     assert 0 <= stats.segments_disk - stats.headers - stats.live <= 4096 * stats.segments
     assert files["index"] <= stats.index + 16384  # the index is sparse; beside it lies LMDB's table of readers
     assert files["ballast"] == BALLAST_BYTES
+    assert stats.log == 0
+    store.keyspace.put(0, b"another", string(b"value"))
+    await store.keyspace.make_durable()
+    assert (await store.stats()).log == LOG_BYTES == (tmp_path / LOG_NAME).stat().st_size
     assert set(files) == {"segments", "index", "ballast", "LOCK"}
     await store.close()
 

@@ -14,6 +14,7 @@ from kvdb.errors import CorruptError, KvdbError, NoSpaceError
 from kvdb.store.entries import LARGE_STRING_BYTES, StringRef
 from kvdb.store.files import OsFiles
 from kvdb.store.index import Index, Table, Txn, place_key
+from kvdb.store.logged import Logged
 from kvdb.store.repair import repair
 from kvdb.store.store import Store
 from kvdb.store.verify import verify
@@ -120,7 +121,7 @@ async def test_damage_is_named_and_only_that_key_is_lost(tmp_path: Path) -> None
     assert sorted(store.keyspace.scan(3, 0, 10)[1]) == [b"bad", b"good"]
     await store.close()
     index = Index(tmp_path / "index")
-    assert repair(index, {finding.id})  # type: ignore[attr-defined]
+    assert repair(index, {finding.id}, Logged())  # type: ignore[attr-defined]
     index.close()
     assert findings(tmp_path) == []
     store = await open_store(tmp_path)
@@ -176,7 +177,7 @@ async def test_a_damaged_row_of_its_place_does_not_block_commits(
     index = Index(tmp_path / "index")
     found = list(verify(index, tmp_path / "segments", OsFiles(), deep=True))
     assert found
-    repair(index, {finding.id for finding in found if finding.id})
+    repair(index, {finding.id for finding in found if finding.id}, Logged())
     index.close()
     assert findings(tmp_path) == []
     store = await open_store(tmp_path)

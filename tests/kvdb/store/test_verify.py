@@ -15,6 +15,7 @@ from kvdb.errors import CorruptError
 from kvdb.store.entries import Entry, EntryType, SessionValue
 from kvdb.store.files import OsFiles
 from kvdb.store.index import Index, Table, Txn, u64
+from kvdb.store.logged import Logged
 from kvdb.store.read import Reader, plan
 from kvdb.store.repair import repair
 from kvdb.store.store import Store
@@ -60,7 +61,7 @@ def findings(folder: Path, deep: bool = True) -> list[Finding]:
 def repaired(folder: Path) -> list[str]:
     with index_of(folder) as index:
         found = list(verify(index, folder / "segments", OsFiles(), deep=True))
-        return repair(index, {finding.id for finding in found if finding.id})
+        return repair(index, {finding.id for finding in found if finding.id}, Logged())
 
 
 def flip(path: Path, offset: int, mask: int = 1) -> None:
