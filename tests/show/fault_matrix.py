@@ -227,6 +227,8 @@ FAULTS: dict[str, Fault] = {
     "index commit: EIO": lambda place: failing(place, "commit", code=errno.EIO),
     "index commit: ENOSPC": lambda place: failing(place, "commit", "allocate", code=errno.ENOSPC),
     "index commit: map full": map_full,
+    "all writing: EIO": lambda place: failing(place, "write", "datasync", "commit", code=errno.EIO),
+    "all writing: ENOSPC": lambda place: failing(place, "write", "create", "commit", "allocate", code=errno.ENOSPC),
     "clock goes back 1 h": clock_back,
     "bit flips": flipped,
     "segments missing": missing,
@@ -235,7 +237,7 @@ FAULTS: dict[str, Fault] = {
 # By fault and reply: the families that get it. All others get ok.
 EXPECTED: dict[str, dict[str, str]] = {
     "read: EIO": {
-        "ERR": "GET large, SAMPLE, LOGITS, BACKUP, EXPORT, IMPORT, COMPACT",
+        "ERR": "GET large, SAMPLE, LOGITS, BACKUP, EXPORT, IMPORT, COMPACT, start-up",
         "finds it": "VERIFY",
     },
     "open: EMFILE": {
@@ -259,16 +261,25 @@ EXPECTED: dict[str, dict[str, str]] = {
         "ERR": "BACKUP",
     },
     "index commit: EIO": {
-        "MISCONF+": "SET, SET large, HSET, DEL, EXPIRE, RESTORE, REWIND, GENERATE",
-        "MISCONF": "SNAPSHOT, FORK, BACKUP, IMPORT, COMPACT, GC",
+        "MISCONF+": "SET large",
+        "MISCONF": "SNAPSHOT, BACKUP, IMPORT, COMPACT, GC",
     },
     "index commit: ENOSPC": {
-        "NOSPACE+": "SET, SET large, HSET, DEL, EXPIRE, RESTORE, REWIND, GENERATE",
-        "NOSPACE": "SNAPSHOT, FORK, BACKUP, IMPORT, COMPACT, GC, start-up",
+        "NOSPACE+": "SET large",
+        "NOSPACE": "SNAPSHOT, BACKUP, IMPORT, COMPACT, GC, start-up",
     },
     "index commit: map full": {
+        "NOSPACE+": "SET large",
+        "NOSPACE": "SNAPSHOT, BACKUP, IMPORT, COMPACT, GC",
+    },
+    "all writing: EIO": {
+        "MISCONF+": "SET, SET large, HSET, DEL, EXPIRE, RESTORE, REWIND, GENERATE",
+        "MISCONF": "FORK, BACKUP, GC",
+        "ERR": "SNAPSHOT, EXPORT, IMPORT, COMPACT",
+    },
+    "all writing: ENOSPC": {
         "NOSPACE+": "SET, SET large, HSET, DEL, EXPIRE, RESTORE, REWIND, GENERATE",
-        "NOSPACE": "SNAPSHOT, FORK, BACKUP, IMPORT, COMPACT, GC",
+        "NOSPACE": "SNAPSHOT, FORK, BACKUP, EXPORT, IMPORT, COMPACT, GC, start-up",
     },
     "clock goes back 1 h": {},
     "bit flips": {
@@ -387,8 +398,11 @@ async def run(folder: Path, wanted: list[str]) -> tuple[dict[str, Row], list[str
             parts = {"read": ("read",), "open": ("open", "create"), "write": ("write",),
                      "fsync": ("datasync", "sync_dir"),
                      "write, short": ("write", "create"), "rename, unlink": ("rename", "unlink"),
-                     "index commit": ("commit", "allocate")}  # fmt: skip
-            names = ("commit",) if name == "index commit: EIO" else parts[calls]
+                     "index commit": ("commit", "allocate"),
+                     "all writing": ("write", "create", "commit", "allocate")}  # fmt: skip
+            if code == "EIO":
+                parts |= {"index commit": ("commit",), "all writing": ("write", "datasync", "commit")}
+            names = parts[calls]
             rows[name]["start-up"] = await start_up(folder, codes[code], names)
     return rows, problems
 

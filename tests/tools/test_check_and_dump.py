@@ -77,12 +77,13 @@ async def test_what_waits_in_the_change_log_is_said(folder: Path, tmp_path_facto
     store = Store.open(folder, loop=asyncio.get_running_loop())
     store.keyspace.put(0, b"new", string(b"1"))
     await store.keyspace.make_durable()
+    program = [sys.executable, "-c", "from kvdb_tools.check import main; main()"]
+    shown = "1 records of changes.log go into the index at the next start\nclean"
+    beside = subprocess.run([*program, folder], capture_output=True, text=True, check=True)
+    assert beside.stdout.startswith(shown)
     crashed = tmp_path_factory.mktemp("crashed") / "kvdb"
-    shutil.copytree(folder, crashed)
-    program = "from kvdb_tools.check import main; main()"
-    for where in (folder, crashed):  # beside a daemon, and after one was killed
-        done = subprocess.run([sys.executable, "-c", program, where], capture_output=True, text=True, check=True)
-        assert done.stdout.startswith("1 records of changes.log go into the index at the next start\nclean")
+    shutil.copytree(folder, crashed)  # as a daemon that is killed leaves it
+    assert run(check, crashed).output.startswith(shown)
     assert parsed(check, crashed)["logged"] == 1
     await store.close()
     assert parsed(check, folder)["logged"] == 0
