@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import struct
-from contextlib import suppress
 from pathlib import Path
 
 from fastcrc.crc32 import iscsi as crc32c
@@ -106,7 +105,8 @@ class ChangeLog:
         try:
             if self._fd < 0:
                 self._fd = self._open()
-            self._files.write(self._fd, record, self._offset)
+            # Whole blocks: nothing need be read first.
+            self._files.write(self._fd, record.ljust(record_bytes(changes), b"\0"), self._offset)
             self._files.datasync(self._fd)
         except OSError as error:
             self._give_up(error)
@@ -119,21 +119,20 @@ class ChangeLog:
         return True
 
     def _open(self) -> int:
-        with suppress(FileNotFoundError):
-            fd = self._files.open(self._path, write=True)
-            if self._files.size(fd) == LOG_BYTES:
-                return fd
-            self._files.close(fd)
-            self._files.unlink(self._path)
-        fd = self._files.create(self._path)
+        """The file, durable with its name and length, whoever made it and was killed before that."""
         try:
-            self._files.allocate(fd, LOG_BYTES)  # fails before it has written anything on a full disk
-            self._files.write(fd, bytes(LOG_BYTES), 0)
-            self._files.datasync(fd)
+            fd = self._files.open(self._path, write=True)
+        except FileNotFoundError:
+            fd = self._files.create(self._path)
+        try:
+            if self._files.size(fd) != LOG_BYTES:
+                self._files.truncate(fd, 0)
+                self._files.allocate(fd, LOG_BYTES)  # fails before it has written anything on a full disk
+                self._files.write(fd, bytes(LOG_BYTES), 0)
+                self._files.datasync(fd)
             self._files.sync_dir(self._folder)
         except OSError:
             self._files.close(fd)
-            self._files.unlink(self._path)
             raise
         return fd
 

@@ -160,6 +160,15 @@ async def test_a_log_that_cannot_be_written_costs_nothing_but_time(
     assert await values_after_a_crash(store, b"a", name="again") == [b"2"]
 
 
+async def test_the_file_keeps_its_name_whoever_made_it(store: Store, files: FailingFiles) -> None:
+    """A daemon that was killed while it made the file may not have come to this."""
+    (store.folder / LOG_NAME).write_bytes(bytes(LOG_BYTES))
+    before = files.calls.count("sync_dir")
+    store.keyspace.put(0, b"a", string(b"1"))
+    await store.keyspace.make_durable()
+    assert files.calls.count("sync_dir") == before + 1
+
+
 async def test_a_file_of_another_length_is_made_anew(store: Store) -> None:
     (store.folder / LOG_NAME).write_bytes(b"short")
     store.keyspace.put(0, b"a", string(b"1"))
@@ -453,6 +462,7 @@ class LateSyncs(FailingFiles):
     def __init__(self) -> None:
         super().__init__()
         self.is_armed = False
+        self.has_begun = threading.Event()
         self._is_logged = threading.Event()
 
     def write(self, fd: int, data: Readable, offset: int) -> None:
@@ -462,6 +472,7 @@ class LateSyncs(FailingFiles):
 
     def datasync(self, fd: int) -> None:
         if self.is_armed and threading.current_thread().name.startswith("kvdb-sync"):
+            self.has_begun.set()
             assert self._is_logged.wait(10)
             raise OSError(errno.EIO, "injected")
         super().datasync(fd)
@@ -474,6 +485,7 @@ async def test_a_string_that_is_logged_before_its_sync_fails_is_not_answered(tmp
     await store.keyspace.make_durable()
     files.is_armed, files._is_logged = True, threading.Event()
     store.keyspace.put(0, b"a", Entry(EntryType.STRING, 0, await receive(store, BIG, is_urgent=True)))
+    await asyncio.to_thread(files.has_begun.wait, 10)
     with pytest.raises(KvdbError, match="durable"):
         await store.keyspace.make_durable()
     assert await values_after_a_crash(store, b"a") in ([b"before"], [BIG])
