@@ -411,13 +411,14 @@ async def test_a_string_that_is_overwritten_before_its_commit_gives_its_space_ba
         await store.keyspace.make_durable()
     copy = after_a_crash(store)
     again = await reopened(copy)
-    await again._committer.idle()
-    await again.keyspace.flush()
-    again._committer._tidy()
+    for _ in range(100):  # the round before still holds what it committed for a moment
+        await again.keyspace.flush()
+        if not +again._segments._due:
+            break
+    assert not again._segments._due
     stats = await again.stats()
     assert stats.strings < 2 * len(BIG)
     assert await value_of(again, b"a") == BIG + b"5"
-    assert not again._segments._due
     await again.close()
     assert check(copy, deep=True, mend=False).findings == []
 
