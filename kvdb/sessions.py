@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from kvdb.errors import KvdbError, NoEngineError, TooLongError, WrongModelError, WrongTypeError
+from kvdb.errors import EngineDownError, KvdbError, NoEngineError, TooLongError, WrongModelError, WrongTypeError
 from kvdb.session import Model, Session, ids_array
 from kvdb.store.entries import Entry, EntryType, SessionValue, SnapshotValue
 from kvdb.store.rows import Reason
@@ -152,7 +152,12 @@ class Sessions:
                 # Whoever had the lock before may have deleted, renamed or replaced the session, or it was forgotten.
                 value = self.entry(db, name)
                 if value is not None and value.uid == session.uid and self.open.get(session.uid) is session:
-                    yield session
+                    try:
+                        yield session
+                    except EngineDownError:
+                        # Also a worker that is up says so, of a state that it has not: the retry loads it.
+                        session.generation = -1
+                        raise
                     return
 
     def create(self, db: int, name: bytes, model: Model) -> Session:

@@ -105,6 +105,18 @@ async def test_a_failed_restore_leaves_nothing_in_the_worker(
     assert await resident(sessions) == before
 
 
+async def test_a_state_that_the_worker_has_not_is_loaded_by_the_retry(sessions: Sessions) -> None:
+    await prefill(sessions, b"s", prompt(300))
+    await snapshot(sessions, b"s", b"k")
+    await timelines.extend(sessions, DB, b"s", array("I", [5]))
+    before = await logits(sessions, b"s")
+    session = await sessions.get(DB, b"s")
+    await session.model.client.forget(session.uid)  # behind the session's back
+    with pytest.raises(EngineDownError, match="not resident"):
+        await logits(sessions, b"s")
+    assert await logits(sessions, b"s") == before
+
+
 # -- keys that go or move while a state is being stored ----------------------------------------------------------------
 
 
