@@ -17,14 +17,14 @@ import heapq
 import random
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
 import msgpack
 
 from kvdb.errors import CorruptError, KvdbError, WrongTypeError
-from kvdb.store.committer import Committer, Frozen
+from kvdb.store.committer import Committer, Frozen, Place
 from kvdb.store.entries import (
     DATABASES,
     Entry,
@@ -65,13 +65,14 @@ class _Handed:
         self.newest = newest
         self._logged = logged
 
-    def whole(self) -> Layer:
-        """All that the index lacks. In the commit thread, while neither layer changes."""
-        if self._logged is None:
+    def whole(self, lost: Collection[Place] = (), lost_before: Collection[Place] = ()) -> Layer:
+        """All that the index lacks (committer.Frozen). In the commit thread, while neither layer changes."""
+        if self._logged is None and not lost:
             return self.newest
         layer = Layer()
-        layer.take(self._logged)
-        layer.take(self.newest)
+        if self._logged is not None:
+            layer.take(self._logged, lost_before)
+        layer.take(self.newest, lost)
         return layer
 
 
@@ -96,6 +97,7 @@ class Keyspace:
         self._maps = self._active.maps
         self._frozen: Layer | None = None
         self._logged: Layer | None = None
+        self._is_loaded = False  # what a start found in the log may not be on the disk before it is committed
         self._clean: list[dict[bytes, Entry | None]] = [{} for _ in range(DATABASES)]
         self.on_expired: Callable[[int, bytes], None] = lambda db, key: None  # told at once, as readers see it
         # Session uid -> where its entry was put last. An entry that was overwritten leaves a stale item behind, so
@@ -440,7 +442,7 @@ class Keyspace:
     @property
     def is_dirty(self) -> bool:
         """Whether something waits for a commit."""
-        return bool(self._active) or self._frozen is not None
+        return bool(self._active) or self._frozen is not None or self._is_loaded
 
     def make_durable(self) -> asyncio.Future[None]:
         """Everything changed so far becomes durable, in the change log or the index; raises what that failed with."""
@@ -485,7 +487,7 @@ class Keyspace:
             for key, entry in entries.items():
                 self._keep_clean(db, key, entry)
         if not is_logged:
-            self._logged = None
+            self._logged, self._is_loaded = None, False
         elif self._logged is None:
             self._logged = layer
         else:
@@ -500,17 +502,18 @@ class Keyspace:
 
     def load(self, layers: Iterable[Layer]) -> None:
         """Make changes again that the change log held at start-up. Large strings are held."""
+        logged = Layer()
         for layer in layers:
-            for db in layer.cleared:
-                self.clear(db)
-            for db, entries in enumerate(layer.maps):
-                for key, entry in entries.items():
-                    if entry is None:
-                        self._maps[db][key] = None
-                    else:
-                        self.put(db, key, entry)
-            for uid, changes in layer.journal.items():
-                self._active.journal.setdefault(uid, []).extend(changes)
+            logged.take(layer)
+        due = []
+        for db, entries in enumerate(logged.maps):
+            for key, entry in entries.items():
+                if entry is not None and entry.expire_ms:
+                    due.append((entry.expire_ms, db, key))
+                if entry is not None and isinstance(entry.value, SessionValue):
+                    self._sessions[entry.value.uid] = (db, key)
+        self._set_due(logged, due)
+        self._logged, self._is_loaded = logged, True
 
     def committed_elsewhere(self, db: int, key: bytes) -> None:
         """Another item of a round wrote this key's entry (a snapshot and its key are one item)."""

@@ -100,6 +100,9 @@ class Budget:
     async def make_room(self, n_bytes: int) -> None:
         """Evict until `n_bytes` more fit. Raises NoSpaceError when they cannot."""
         n_bytes += INDEX_MARGIN if n_bytes else 0
+        if self.excess(n_bytes + self._committer.uncommitted_bytes) <= 0:
+            return
+        await self._keyspace.flush()  # what was deleted or logged a moment ago counts from a commit on
         if self.excess(n_bytes) <= 0:
             return
         if self.policy == "noeviction" or n_bytes > self.maxstore:

@@ -66,6 +66,7 @@ class ChangeLog:
         self._number = 0
         self._offset = 0
         self._has_failed = False
+        self.is_used = True
 
     def read(self, txn: int) -> tuple[list[bytes], str]:
         """The changes that build on a transaction, in order, and what is wrong behind them, in words. Raises OSError.
@@ -92,8 +93,12 @@ class ChangeLog:
         return found, ""
 
     def begin(self, txn: int) -> None:
-        """The index has committed a transaction with everything that was logged."""
+        """The index has committed a transaction with everything that was logged, durably.
+
+        is_used, from then on: whether the file may say something that the next commit must make void.
+        """
         self._txn, self._number, self._offset = txn, 0, 0
+        self.is_used = False
 
     def append(self, changes: bytes) -> bool:
         """Make changes durable; False if they must be committed instead: no room, or the log cannot be written."""
@@ -102,6 +107,7 @@ class ChangeLog:
         record = encode_record(self._index_id, self._txn, self._number, changes)
         if len(record) > MAX_RECORD_BYTES or self._offset + len(record) > LOG_BYTES:
             return False
+        self.is_used = True
         try:
             if self._fd < 0:
                 self._fd = self._open()

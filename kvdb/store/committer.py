@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, Protocol, TypeVar
@@ -54,6 +54,7 @@ TIDY_S = 0.5
 MAX_LOGGED_BYTES = 16 << 20
 
 T = TypeVar("T")
+Place = tuple[int, bytes]  # database, key
 ItemFunction = Callable[[Txn, Work], T]
 
 
@@ -68,7 +69,7 @@ class Changes(Protocol):
         """Strings that become records, or are records that no commit knows yet."""
 
     def apply(self, txn: Txn, work: Work, refs: Refs) -> None:
-        """Make the changes; refs: where the large strings lie, None for one that was lost."""
+        """Make the changes; refs: where the large strings lie."""
 
     def pack(self, refs: Refs, ends: Mapping[int, tuple[int, int]]) -> bytes:
         """As the change log keeps them; refs: as above, ends: (length, creation time) of the segments they lie in."""
@@ -81,8 +82,11 @@ class Frozen(Protocol):
     def newest(self) -> Changes:
         """What neither the index nor the change log has."""
 
-    def whole(self) -> Changes:
-        """What the index lacks. In the commit thread."""
+    def whole(self, lost: Collection[Place], lost_before: Collection[Place]) -> Changes:
+        """What the index lacks, but for values that are lost: of the newest changes, and of those that were logged.
+
+        In the commit thread.
+        """
 
 
 class Overlay(Protocol):
@@ -186,6 +190,11 @@ class Committer:
         self._waiting.append(_Item(_nothing, future, None))  # type: ignore[arg-type]
         self._run_soon()
         return future
+
+    @property
+    def uncommitted_bytes(self) -> int:
+        """Bytes of large strings that the change log names: they count once a round has committed them."""
+        return self._logged_bytes
 
     @property
     def owes_space(self) -> bool:
@@ -368,10 +377,7 @@ class Committer:
 
     def _commit(self, this: _Round) -> None:
         this.work = Work(freed=this.dropped.copy())
-        stored = Stored()
-        changes = this.overlay.whole() if this.overlay is not None else None
-        if changes is not None and (large := changes.large):
-            stored = store_strings(self._segments, self._files, large)
+        changes, stored = self._store(this.overlay)
         txn = self._index.begin_write()
         try:
             if changes is not None:
@@ -387,6 +393,8 @@ class Committer:
             # Large strings of this very round may lie in a segment that was reserved after `busy` was taken.
             settle(txn, this.work, this.busy | self._segments.busy())
             stored.wait()
+            if self._change_log.is_used:
+                txn.touch()  # what it says would come back at the next start, were this no transaction of its own
             stamp = txn.commit(self._files.commit)
         except BaseException:
             txn.raw.abort()
@@ -400,10 +408,28 @@ class Committer:
             self._logged_bytes = 0
         for string in stored.fresh:
             string.is_committed = True
-        if None in stored.refs.values():
+        if stored.is_lossy:
             this.lost = MisconfError("a large string was lost by a failed sync: its key keeps the value it had")
         if stored.reservation is not None:
             self._segments.advance(STRINGS, stored.reservation, stored.end)
+
+    def _store(self, overlay: Frozen | None) -> tuple[Changes | None, Stored]:
+        """The changes of a round, their large strings stored. A key whose value is lost keeps the one before."""
+        if overlay is None:
+            return None, Stored()
+        lost: tuple[set[Place], set[Place]] = (set(), set())  # of the newest changes, of those that were logged
+        while True:
+            changes = overlay.whole(*lost)
+            stored = store_strings(self._segments, self._files, changes.large)
+            found = [place for place, ref in stored.refs.items() if ref is None]
+            if not found:
+                stored.is_lossy = bool(lost[0])
+                return changes, stored
+            for place in found:
+                log.error(
+                    "key %r of database %d keeps its old value: the new one could not be synced", place[1], place[0]
+                )
+                lost[place in lost[0]].add(place)
 
     def _keep_written(self, work: Work, extent: Extent) -> None:
         """What is committed next was no garbage, even if a collection, in this round or before, took it for some.

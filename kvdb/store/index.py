@@ -9,8 +9,7 @@ it is never used. A row whose key was hit is not found at all, and LMDB takes it
 accounts for every page and row before an index is served, and again in VERIFY. META "txn" names the last transaction
 that changed anything; it must be the one of LMDB's meta page, whoever opens the index.
 An index of format 1, which had neither, is rewritten when it is opened to be served and can be read without. Format 2
-had no number of its own and no change log (change_log.py), which names that number: one that was copied or repaired
-has another.
+had no number of its own and no change log (change_log.py), which names that number: a copy has another.
 """
 
 from __future__ import annotations
@@ -188,6 +187,10 @@ class Txn:
         """Remove a key; False if it was not there."""
         self._changed[0] = True
         return bool(self.raw.delete(key, db=self._tables[table]))
+
+    def touch(self) -> None:
+        """Make this a transaction of its own, whatever it changes."""
+        self._changed[0] = True
 
     def commit(self, through: Callable[[Callable[[], None]], None] | None = None) -> int | None:
         """Commit a write transaction; return its number, None if it changed nothing.
@@ -500,6 +503,10 @@ class Index:
         txn = Txn(self._env.begin(write=True), self._tables)
         txn.damaged, txn.strict = [], frozenset({Table.META, Table.SEGMENTS, Table.PLACES})
         return txn
+
+    def sync(self) -> None:
+        """Make the last commit survive power loss: a process that was killed in it may have left it in memory only."""
+        self._env.sync(True)
 
     def copy(self, folder: Path) -> None:
         """Write the index as of the last commit to `folder`/data.mdb, without its free pages."""

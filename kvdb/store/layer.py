@@ -11,8 +11,7 @@ the segments of these records reach: a segment that is new has no row in the ind
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import msgpack
 
@@ -29,8 +28,6 @@ from kvdb.store.index import Table, Txn
 from kvdb.store.strings import LargeString, Refs
 from kvdb.store.work import Work
 from kvdb_protocol.errors import FormatError
-
-log = logging.getLogger("kvdb")
 
 Ends = Mapping[int, tuple[int, int]]  # segment -> (committed length, creation time in Unix ms)
 
@@ -76,11 +73,14 @@ class Layer:
         self.seen[db] = self.below[db] = 0
         self.cleared.add(db)
 
-    def take(self, newer: Layer) -> None:
-        """Make the changes of a newer layer in this one. `newer` keeps its own; `due` is left alone."""
+    def take(self, newer: Layer, without: Collection[tuple[int, bytes]] = ()) -> None:
+        """Make the changes of a newer layer in this one, but for some keys. `newer` keeps its own; `due` is left
+        alone."""
         for db in newer.cleared:
             self.clear(db)
-        for mine, theirs in zip(self.maps, newer.maps, strict=True):
+        for db, (mine, theirs) in enumerate(zip(self.maps, newer.maps, strict=True)):
+            if without:
+                theirs = {key: entry for key, entry in theirs.items() if (db, key) not in without}
             mine.update(theirs)
         for uid, changes in newer.journal.items():
             self.journal.setdefault(uid, []).extend(changes)
@@ -102,10 +102,7 @@ class Layer:
             clear_database(txn, work, db)
         for db, entries in enumerate(self.maps):
             for key, entry in entries.items():
-                if refs and entry is not None and (db, key) in refs:
-                    if (ref := refs[db, key]) is None:
-                        log.error("key %r of database %d keeps its old value: the new one could not be synced", key, db)
-                        continue
+                if refs and entry is not None and (ref := refs.get((db, key))) is not None:
                     entry = entry._replace(value=ref)
                 write_entry(txn, work, db, key, entry)
         for uid, changes in self.journal.items():

@@ -1,7 +1,8 @@
 """What the change log has and the index has not, when a data directory is opened.
 
 A round that logs a large string waits for two syncs at once, of the record and of the string. So the strings that the
-last record names may be lacking: then it was never answered, and is not made again.
+last record names may be lacking: then it was never answered, and is not made again. If they are whole, that may be so
+in memory only, where a daemon left them that was killed: the first commit copies them, checked.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ log = logging.getLogger("kvdb.store")
 class Logged:
     """Changes that build on the index, in order.
 
-    ends: how far they need each segment, and its creation time. new: records that the index does not know.
+    ends: how far they need each segment, and its creation time. new: records that the index does not know; unsynced:
+    those of them that may not be on the disk. is_cut: whether there is a last record that was not answered.
     """
 
     layers: list[Layer] = field(default_factory=list)
     ends: dict[int, tuple[int, int]] = field(default_factory=dict)
     new: set[StringRef] = field(default_factory=set)
+    unsynced: set[StringRef] = field(default_factory=set)
+    is_cut: bool = False
 
     def extend_rows(self, rows: dict[int, SegmentRow], live: dict[int, list[Extent]]) -> None:
         """Make rows of segments, and the live records of untidy ones, what they will be with these changes."""
@@ -50,7 +54,9 @@ class Logged:
 
     def held(self, segments: Segments, hold: Callable[[StringRef], HeldString]) -> Iterator[Layer]:
         """The layers, with what holds their large strings. hold: for those that are committed."""
-        fresh = {ref: _fresh(segments, ref, self.ends[ref.segment][1]) for ref in self.new}
+        fresh = {ref: _fresh(segments, ref, self.ends[ref.segment][1], ref not in self.unsynced) for ref in self.new}
+        for segment in {ref.segment for ref in self.unsynced}:
+            segments.abandon(segment)
         for layer in self.layers:
             for entries in layer.maps:
                 for key, entry in entries.items():
@@ -75,7 +81,9 @@ def read_logged(change_log: ChangeLog, txn: Txn, segments: Path, files: Files) -
         is_last = number == len(records) - 1 and not problem
         if is_last and not all(_is_whole(segments, files, ref) for ref in new - logged.new):
             log.warning("the last record of %s was not answered: a string that it names is not on the disk", LOG_NAME)
+            logged.is_cut = True
             break
+        logged.unsynced = new - logged.new if is_last else set()
         logged.layers.append(layer)
         logged.new |= new
         for segment, end in ends.items():
@@ -104,11 +112,11 @@ def extent_of(ref: StringRef) -> Extent:
     return Extent(ref.segment, ref.offset, record_bytes(ref.n_bytes))
 
 
-def _fresh(segments: Segments, ref: StringRef, created_ms: int) -> HeldString:
-    """A string that is on the disk, and that no commit knows: as its client's daemon left it (receive.py)."""
+def _fresh(segments: Segments, ref: StringRef, created_ms: int, is_synced: bool) -> HeldString:
+    """A string that no commit knows: as its client's daemon left it (receive.py)."""
     extent = extent_of(ref)
     segments.submitted(ref.segment)
     string = HeldString(ref.n_bytes)
     string.complete(ref, created_ms, False, partial(segments.dropped, extent, segments.pins.hold(extent)))
-    string.is_synced = True
+    string.is_synced = is_synced
     return string

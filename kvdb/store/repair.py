@@ -13,7 +13,7 @@ import msgpack
 
 from kvdb.errors import KvdbError
 from kvdb.store.entries import DATABASES, Entry, decode_entry, decode_key, name_db, referenced_snapshot
-from kvdb.store.index import ID, Index, Table, Txn, from_place_key, from_u64, new_id, u64
+from kvdb.store.index import Index, Table, Txn, from_place_key, from_u64, u64
 from kvdb.store.logged import Logged
 from kvdb.store.rows import PlaceRow, SegmentRow
 from kvdb.store.segments import segment_name
@@ -27,13 +27,13 @@ from kvdb_protocol.record import record_bytes
 def repair(index: Index, damaged: Collection[bytes], logged: Logged) -> list[str]:
     """Drop damaged pages and snapshots (by id) and all that needs them; return what was done, in words.
 
-    logged: what the change log has: a repaired index has another id, which makes the log void.
+    logged: what the change log has; it is void afterwards.
     """
     txn = index.begin_write()
     try:
-        said = _apply_logged(index, txn, logged)
+        said = _drop_damaged_rows(txn)
+        said += _apply_logged(index, txn, logged)
         said += _repair(txn, set(damaged))
-        txn.put_meta(ID, new_id())
     except BaseException:
         txn.raw.abort()
         raise
@@ -41,8 +41,19 @@ def repair(index: Index, damaged: Collection[bytes], logged: Logged) -> list[str
     return said
 
 
+def take_logged(index: Index, logged: Logged) -> bool:
+    """Commit what the change log has; False if the index is too damaged for it."""
+    txn = index.begin_write()
+    if _apply_logged(index, txn, logged):
+        txn.raw.abort()
+        return False
+    txn.commit()
+    return True
+
+
 def _apply_logged(index: Index, txn: Txn, logged: Logged) -> list[str]:
     said = []
+    txn.touch()  # the log is void then, whatever the changes come to
     for number, layer in enumerate(logged.layers):
         child = index.begin_write(txn)
         work = Work()
@@ -60,7 +71,7 @@ def _apply_logged(index: Index, txn: Txn, logged: Logged) -> list[str]:
 
 
 def _repair(txn: Txn, damaged: set[bytes]) -> list[str]:
-    said = _drop_damaged_rows(txn)
+    said: list[str] = []
     contents = load(txn)
     damaged |= {page_id for page_id, row in contents.pages.items() if row.model not in contents.models}
     damaged |= {key for key, row in contents.snapshots.items() if row.model not in contents.models}

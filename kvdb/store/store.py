@@ -171,20 +171,28 @@ class Store:
         if not self._ballast.fill():
             self._committer.error = NoSpaceError(DISK_FULL)
             log.error("%s: %s", self.folder, DISK_FULL)
-        if logged.layers:
+        if logged.layers or logged.is_cut:
             # The next round commits them. Until then no other commit may be made, which would make the log void.
             self.keyspace.load(logged.held(self._segments, self.strings.hold))
             log.info("%d records of the change log go into the index", len(logged.layers))
             self._committer.kick()
             return
-        if untidy:
-            self._mark_tidy(untidy)
-        with self._index.read() as txn:
-            self._change_log.begin(txn.meta(STAMP))
+        if not untidy or self._mark_tidy(untidy):
+            self._begin_log()
         if has_pending:
             self._committer.kick()
 
-    def _mark_tidy(self, segments: Iterable[int]) -> None:
+    def _begin_log(self) -> None:
+        """Let changes be logged on what the index says now. Should this fail, they are after the next commit."""
+        try:
+            self._files.commit(self._index.sync)
+        except (OSError, lmdb.Error) as error:
+            log.warning("the index cannot be synced: %s", error)
+            return
+        with self._index.read() as txn:
+            self._change_log.begin(txn.meta(STAMP))
+
+    def _mark_tidy(self, segments: Iterable[int]) -> bool:
         """Their freed bytes were given back just now. Should this fail, the next start does so again."""
         txn = self._index.begin_write()
         try:
@@ -196,7 +204,10 @@ class Store:
         except (OSError, lmdb.Error) as error:
             txn.raw.abort()
             log.warning("segments stay marked as untidy: %s", error)
+            self.keyspace.refresh()
+            return False
         self.keyspace.refresh()
+        return True
 
     async def close(self) -> None:
         """Make everything durable and give the directory up. Raises what the last flush failed with, after closing."""

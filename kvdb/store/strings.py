@@ -101,6 +101,7 @@ class Stored:
     syncs: list[Sync] = field(default_factory=list)
     reservation: Reservation | None = None
     end: int = 0
+    is_lossy: bool = False
 
     def extend(self, segment: int, end: int, created_ms: int) -> None:
         """Bytes of the segment up to `end` are needed."""

@@ -23,7 +23,7 @@ from kvdb.store.index import STAMP, Index
 from kvdb.store.index_damage import damaged_rows
 from kvdb.store.lock import Lock
 from kvdb.store.logged import Logged, read_logged
-from kvdb.store.repair import repair
+from kvdb.store.repair import repair, take_logged
 from kvdb.store.verify import Finding, verify
 
 
@@ -50,6 +50,8 @@ def check(folder: Path, *, deep: bool, mend: bool, show_progress: bool = False) 
         index = Index(folder / "index", read_only=not mend)
         try:
             logged, log_findings = _read_log(index, folder)
+            if mend and logged.layers and take_logged(index, logged):
+                logged = Logged()
             findings = [*log_findings, *_verify(index, folder, deep, show_progress)]
             if not mend or not findings:
                 return Report(findings, [], findings, len(logged.layers))

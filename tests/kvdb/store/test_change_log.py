@@ -3,72 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import random
 import shutil
-import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from kvdb.errors import CorruptError, KvdbError, MisconfError
+from kvdb.errors import CorruptError, MisconfError
 from kvdb.store import change_log as change_log_module
-from kvdb.store import committer
 from kvdb.store.change_log import ALIGN, LOG_BYTES, LOG_NAME, MAX_RECORD_BYTES, ChangeLog, decode_record, encode_record
 from kvdb.store.entries import Entry, EntryType, HeldString, SessionValue
-from kvdb.store.files import OsFiles, Readable
+from kvdb.store.files import OsFiles
+from kvdb.store.index import Table, from_place_key, u64
 from kvdb.store.store import Store
+from kvdb.store.work import size_name
 from kvdb_tools.check import check
+from tests.kvdb.store.crashes import BIG, after_a_crash, commits, reopened, value_of, values_after_a_crash
 from tests.kvdb.store.faults import FailingFiles
-from tests.kvdb.store.states import FINGERPRINT, MODEL, pack_ids, put_snapshot, receive, string, tokens
+from tests.kvdb.store.states import FINGERPRINT, pack_ids, put_snapshot, receive, string, tokens
 
 INDEX = 0x1122334455667788
-BIG = bytes(range(256)) * 1200
-
-
-@pytest.fixture
-def files() -> FailingFiles:
-    return FailingFiles()
-
-
-@pytest.fixture
-async def store(tmp_path: Path, files: FailingFiles) -> AsyncIterator[Store]:
-    store = Store.open(tmp_path / "store", loop=asyncio.get_running_loop(), files=files)
-    await store.register_model(MODEL)
-    await store._committer.idle()
-    yield store
-    files.heal()
-    await store.close()
-
-
-def after_a_crash(store: Store, name: str = "copy") -> Path:
-    """The directory as a daemon that was killed now leaves it."""
-    folder = store.folder.with_name(name)
-    shutil.copytree(store.folder, folder)
-    return folder
-
-
-async def reopened(folder: Path) -> Store:
-    return Store.open(folder, loop=asyncio.get_running_loop())
-
-
-async def value_of(store: Store, key: bytes) -> bytes | None:
-    entry = store.keyspace.get(0, key)
-    if entry is None:
-        return None
-    return entry.value if isinstance(entry.value, bytes) else store.strings.read(entry.value)  # type: ignore[arg-type]
-
-
-async def values_after_a_crash(store: Store, *keys: bytes, name: str = "copy") -> list[bytes | None]:
-    again = await reopened(after_a_crash(store, name))
-    values = [await value_of(again, key) for key in keys]
-    await again.close()
-    return values
-
-
-def commits(files: FailingFiles) -> int:
-    return files.calls.count("commit")
 
 
 # The file
@@ -218,6 +172,36 @@ async def test_the_second_takes_what_was_logged_into_the_index(store: Store, fil
     await again.close()
 
 
+@pytest.mark.parametrize("is_cleared", [False, True])
+@pytest.mark.parametrize("is_large", [False, True])
+async def test_what_was_logged_and_taken_back_does_not_return(store: Store, is_cleared: bool, is_large: bool) -> None:
+    """The index never had it, so the commit changes nothing, and makes the log void all the same."""
+    value: HeldString | bytes = await receive(store, BIG) if is_large else b"1"
+    store.keyspace.put(0, b"a", Entry(EntryType.STRING, 0, value))
+    del value
+    await store.keyspace.make_durable()
+    if is_cleared:
+        store.keyspace.clear(0)
+    else:
+        store.keyspace.delete(0, b"a")
+    await store.keyspace.flush()
+    assert await values_after_a_crash(store, b"a") == [None]
+
+
+async def test_a_start_syncs_the_index_that_records_build_on(store: Store) -> None:
+    """A daemon that was killed in a commit may have left it in memory only."""
+    copy = after_a_crash(store)
+    failing = FailingFiles()
+    failing.fail("commit", times=1)
+    again = Store.open(copy, loop=asyncio.get_running_loop(), files=failing)
+    assert commits(failing) == 1
+    for number in range(3):  # the first is committed, since the index could not be synced
+        again.keyspace.put(0, b"a", string(b"%d" % number))
+        await again.keyspace.make_durable()
+        assert commits(failing) == 2
+    await again.close()
+
+
 async def test_a_snapshot_commits_what_was_logged_before_it(store: Store) -> None:
     store.keyspace.put(0, b"a", string(b"1"))
     await store.keyspace.make_durable()
@@ -315,11 +299,49 @@ async def test_a_start_commits_nothing_before_what_was_logged(store: Store) -> N
     failing = FailingFiles()
     failing.fail("commit", after=1)
     again = Store.open(copy, loop=asyncio.get_running_loop(), files=failing)
+    assert again.keyspace.is_dirty  # the last record may not be on the disk
     await again._committer.idle()
+    assert not again.keyspace.is_dirty
     failing.heal()
     again._release()
     last = await reopened(copy)
     assert await value_of(last, b"a") == b"1"
+    await last.close()
+
+
+async def test_nothing_is_logged_on_a_commit_of_a_start_that_failed(store: Store) -> None:
+    for name in (b"k", b"l"):
+        await put_snapshot(store, name, tokens(300, seed=name[0]))
+    store.keyspace.delete(0, b"k")
+    await store.keyspace.flush()
+    failing = FailingFiles()
+    failing.fail("commit", times=1)
+    again = Store.open(after_a_crash(store), loop=asyncio.get_running_loop(), files=failing)
+    assert commits(failing) == 1
+    again.keyspace.put(0, b"a", string(b"1"))
+    await again.keyspace.make_durable()
+    assert commits(failing) == 2
+    await again.close()
+
+
+async def test_a_start_that_cannot_commit_keeps_strings_that_were_logged(store: Store) -> None:
+    store.keyspace.put(0, b"a", string(b"old"))
+    await store.keyspace.flush()
+    store.keyspace.put(0, b"a", Entry(EntryType.STRING, 0, await receive(store, BIG)))
+    store.keyspace.put(0, b"b", string(b"1"))
+    await store.keyspace.make_durable()
+    copy = after_a_crash(store)
+    failing = FailingFiles()
+    failing.fail("commit")
+    again = Store.open(copy, loop=asyncio.get_running_loop(), files=failing)
+    assert again.keyspace.delete(0, b"a")
+    for _ in range(3):
+        with pytest.raises(MisconfError):
+            await again.keyspace.make_durable()
+    with pytest.raises(MisconfError):
+        await again.close()
+    last = await reopened(copy)
+    assert [await value_of(last, key) for key in (b"a", b"b")] == [BIG, b"1"]
     await last.close()
 
 
@@ -330,8 +352,11 @@ async def test_an_expiry_that_was_logged_is_due_at_once(store: Store) -> None:
     await store.keyspace.make_durable()
     store.keyspace.put(0, b"b", string(b"2"))
     await store.keyspace.make_durable()
-    assert store.keyspace.expire_cycle(6) == [(0, b"a")]
-    assert store.keyspace.size(0) == 2
+    again = await reopened(after_a_crash(store))
+    for keys in (store.keyspace, again.keyspace):
+        assert keys.expire_cycle(6) == [(0, b"a")]
+        assert keys.size(0) == 2
+    await again.close()
 
 
 @pytest.mark.parametrize("number", [0, 2])
@@ -357,6 +382,48 @@ async def test_a_damaged_log_is_not_served_and_can_be_repaired(store: Store, num
     assert check(copy, deep=True, mend=False).findings == []
 
 
+async def test_repair_does_not_drop_a_key_for_the_value_it_had(store: Store) -> None:
+    for value in (BIG + b"old", BIG + b"new"):
+        received = await receive(store, value)
+        store.keyspace.put(0, b"a", Entry(EntryType.STRING, 0, received))
+        await (store.keyspace.make_durable() if value.endswith(b"new") else store.keyspace.flush())
+    copy = after_a_crash(store)
+    with store._index.read() as txn:
+        segment, offset = from_place_key(next(iter(txn.scan(Table.PLACES)))[0])
+    with (copy / "segments" / f"{segment:08d}.seg").open("r+b") as file:
+        file.seek(offset + 1000)
+        file.write(b"damage")
+    assert check(copy, deep=True, mend=False).findings
+    check(copy, deep=True, mend=True)
+    again = await reopened(copy)
+    assert await value_of(again, b"a") == BIG + b"new"
+    await again.close()
+
+
+@pytest.mark.parametrize("table", [Table.META, Table.SEGMENTS])
+async def test_repair_keeps_what_was_logged_beside_a_damaged_counter(store: Store, table: Table) -> None:
+    store.keyspace.put(0, b"old", Entry(EntryType.STRING, 0, await receive(store, BIG)))
+    await store.keyspace.flush()
+    store.keyspace.delete(0, b"old")
+    store.keyspace.put(0, b"a", string(b"1"))
+    await store.keyspace.make_durable()
+    copy = after_a_crash(store)
+    path = copy / "index" / "data.mdb"
+    with store._index.read() as txn:
+        key = size_name(0) if table is Table.META else u64(1)
+        row = txn.raw.get(key, db=txn._tables[table])
+    data = path.read_bytes()
+    changed = data.replace(key + row, key + row[:-1] + bytes([row[-1] ^ 1]))
+    assert changed != data
+    path.write_bytes(changed)
+    report = check(copy, deep=True, mend=True)
+    assert f"dropped a row of table {table.name.lower()} that failed its checksum" in report.done
+    assert report.left == []
+    again = await reopened(copy)
+    assert [await value_of(again, key) for key in (b"old", b"a")] == [None, b"1"]
+    await again.close()
+
+
 async def test_a_copied_index_takes_no_other_ones_log(store: Store, tmp_path: Path) -> None:
     store.keyspace.put(0, b"a", string(b"1"))
     await store.keyspace.flush()
@@ -366,158 +433,6 @@ async def test_a_copied_index_takes_no_other_ones_log(store: Store, tmp_path: Pa
     backup = await reopened(tmp_path / "backup")
     assert 0 != backup._index.id != store_id == store._index.id
     await backup.close()
-
-
-# Large strings
-
-
-async def test_a_received_string_is_durable_by_log_and_sync(store: Store, files: FailingFiles) -> None:
-    await store.keyspace.flush()
-    before = commits(files)
-    for number, key in enumerate((b"a", b"b", b"a")):
-        received = await receive(store, BIG + b"%d" % number, is_urgent=number != 1)
-        store.keyspace.put(0, key, Entry(EntryType.STRING, 0, received))
-        del received
-        await store.keyspace.make_durable()
-    store.keyspace.put(0, b"shared", store.keyspace.held(store.keyspace.get(0, b"b")))  # type: ignore[arg-type]
-    store.keyspace.rename(0, b"b", b"moved")
-    await store.keyspace.make_durable()
-    assert commits(files) == before
-    copy = after_a_crash(store)
-    syncs = files.calls.count("datasync")
-    await store.keyspace.flush()
-    assert files.calls.count("datasync") == syncs  # they are on the disk
-    assert check(copy, deep=True, mend=False).findings == []
-    again = await reopened(copy)
-    for key, value in ((b"a", BIG + b"2"), (b"b", None), (b"moved", BIG + b"1"), (b"shared", BIG + b"1")):
-        assert await value_of(again, key) == value
-    await again.keyspace.flush()
-    again.keyspace.delete(0, b"shared")
-    await again.keyspace.flush()
-    await put_snapshot(again, b"k", tokens(300))
-    assert await value_of(again, b"moved") == BIG + b"1"
-    await again.close()
-    assert check(copy, deep=True, mend=False).findings == []
-    last = await reopened(copy)
-    stats = await last.stats()
-    assert stats.strings == 2 * (stats.strings // 2) > 2 * len(BIG)  # each once, the overwritten one not at all
-    assert stats.segments_disk - stats.headers - stats.live <= 4096 * stats.segments + stats.dead
-    await last.close()
-
-
-async def test_a_string_that_is_overwritten_before_its_commit_gives_its_space_back(store: Store) -> None:
-    for number in range(6):
-        store.keyspace.put(0, b"a", Entry(EntryType.STRING, 0, await receive(store, BIG + b"%d" % number)))
-        await store.keyspace.make_durable()
-    copy = after_a_crash(store)
-    again = await reopened(copy)
-    for _ in range(100):  # the round before still holds what it committed for a moment
-        await again.keyspace.flush()
-        if not +again._segments._due:
-            break
-    assert not again._segments._due
-    stats = await again.stats()
-    assert stats.strings < 2 * len(BIG)
-    assert await value_of(again, b"a") == BIG + b"5"
-    await again.close()
-    assert check(copy, deep=True, mend=False).findings == []
-
-
-async def test_renamed_and_copied_strings_that_are_in_the_index_stay(store: Store) -> None:
-    store.keyspace.put(0, b"a", Entry(EntryType.STRING, 0, await receive(store, BIG)))
-    await store.keyspace.flush()
-    store.keyspace.put(0, b"copy", store.keyspace.held(store.keyspace.get(0, b"a")))  # type: ignore[arg-type]
-    await store.keyspace.make_durable()
-    copy = after_a_crash(store)
-    again = Store.open(copy, loop=asyncio.get_running_loop())
-    again.keyspace.delete(0, b"copy")  # before anything was committed
-    await again.keyspace.flush()
-    await again.gc()
-    assert await value_of(again, b"a") == BIG
-    await again.close()
-    assert check(copy, deep=True, mend=False).findings == []
-
-
-async def test_the_last_record_counts_only_with_its_strings(store: Store) -> None:
-    """Both are synced at once: power may have gone between them."""
-    for value in (BIG + b"old", BIG + b"new"):
-        received = await receive(store, value)
-        store.keyspace.put(0, b"a", Entry(EntryType.STRING, 0, received))
-        await store.keyspace.make_durable()
-    assert isinstance(received, HeldString)
-    assert received.ref is not None
-    copy = after_a_crash(store)
-    segment = copy / "segments" / f"{received.ref.segment:08d}.seg"
-    with segment.open("r+b") as file:
-        file.seek(received.ref.offset + 100_000)
-        file.write(bytes(4096))
-    again = await reopened(copy)
-    assert await value_of(again, b"a") == BIG + b"old"
-    await again.close()
-    assert check(copy, deep=True, mend=False).findings == []
-
-
-class LateSyncs(FailingFiles):
-    """While it is armed, a string's sync ahead of its round fails just after the log was written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_armed = False
-        self.has_begun = threading.Event()
-        self._is_logged = threading.Event()
-
-    def write(self, fd: int, data: Readable, offset: int) -> None:
-        super().write(fd, data, offset)
-        if threading.current_thread().name.startswith("kvdb-commit"):
-            self._is_logged.set()
-
-    def datasync(self, fd: int) -> None:
-        if self.is_armed and threading.current_thread().name.startswith("kvdb-sync"):
-            self.has_begun.set()
-            assert self._is_logged.wait(10)
-            raise OSError(errno.EIO, "injected")
-        super().datasync(fd)
-
-
-async def test_a_string_that_is_logged_before_its_sync_fails_is_not_answered(tmp_path: Path) -> None:
-    files = LateSyncs()
-    store = Store.open(tmp_path / "store", loop=asyncio.get_running_loop(), files=files)
-    store.keyspace.put(0, b"a", string(b"before"))
-    await store.keyspace.make_durable()
-    files.is_armed, files._is_logged = True, threading.Event()
-    store.keyspace.put(0, b"a", Entry(EntryType.STRING, 0, await receive(store, BIG, is_urgent=True)))
-    await asyncio.to_thread(files.has_begun.wait, 10)
-    with pytest.raises(KvdbError, match="durable"):
-        await store.keyspace.make_durable()
-    assert await values_after_a_crash(store, b"a") in ([b"before"], [BIG])
-    files.is_armed = False
-    await store.keyspace.make_durable()  # copied, checked
-    assert await values_after_a_crash(store, b"a", name="again") == [BIG]
-    await store.close()
-
-
-async def test_a_string_whose_sync_failed_is_not_answered(store: Store, files: FailingFiles) -> None:
-    store.keyspace.put(0, b"a", string(b"before"))
-    await store.keyspace.make_durable()
-    received = await receive(store, BIG)
-    files.fail("datasync", times=1)
-    store.keyspace.put(0, b"a", Entry(EntryType.STRING, 0, received))
-    with pytest.raises(KvdbError, match="durable"):
-        await store.keyspace.make_durable()
-    await store.keyspace.make_durable()  # copied, checked
-    assert await values_after_a_crash(store, b"a") == [BIG]
-
-
-async def test_many_logged_strings_are_committed(
-    store: Store, files: FailingFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their space is given back, and counts, only from a commit on."""
-    monkeypatch.setattr(committer, "MAX_LOGGED_BYTES", 3 * len(BIG))
-    before = commits(files)
-    for number in range(4):
-        store.keyspace.put(0, b"%d" % number, Entry(EntryType.STRING, 0, await receive(store, BIG)))
-        await store.keyspace.make_durable()
-        assert commits(files) == before + (number == 3)
 
 
 # Everything at once
