@@ -65,13 +65,13 @@ class _Handed:
         self.newest = newest
         self._logged = logged
 
-    def whole(self, lost: Collection[Place] = (), lost_before: Collection[Place] = ()) -> Layer:
+    def whole(self, lost: Collection[Place]) -> Layer:
         """All that the index lacks (committer.Frozen). In the commit thread, while neither layer changes."""
         if self._logged is None and not lost:
             return self.newest
         layer = Layer()
         if self._logged is not None:
-            layer.take(self._logged, lost_before)
+            layer.take(self._logged)
         layer.take(self.newest, lost)
         return layer
 
@@ -97,7 +97,6 @@ class Keyspace:
         self._maps = self._active.maps
         self._frozen: Layer | None = None
         self._logged: Layer | None = None
-        self._is_loaded = False  # what a start found in the log may not be on the disk before it is committed
         self._clean: list[dict[bytes, Entry | None]] = [{} for _ in range(DATABASES)]
         self.on_expired: Callable[[int, bytes], None] = lambda db, key: None  # told at once, as readers see it
         # Session uid -> where its entry was put last. An entry that was overwritten leaves a stale item behind, so
@@ -442,7 +441,7 @@ class Keyspace:
     @property
     def is_dirty(self) -> bool:
         """Whether something waits for a commit."""
-        return bool(self._active) or self._frozen is not None or self._is_loaded
+        return bool(self._active) or self._frozen is not None
 
     def make_durable(self) -> asyncio.Future[None]:
         """Everything changed so far becomes durable, in the change log or the index; raises what that failed with."""
@@ -452,9 +451,14 @@ class Keyspace:
         """Everything changed so far comes into the index; raises what the commit failed with."""
         return self._committer.flush()
 
+    @property
+    def owes_commit(self) -> bool:
+        """Whether the index lacks something, or a commit would give space back."""
+        return self.is_dirty or self._logged is not None or self._committer.owes_space
+
     def flush_soon(self) -> None:
         """Begin to make changes durable and to give back what is not needed. The owner calls this every second."""
-        if self._active or self._logged is not None or self._committer.owes_space:
+        if self.owes_commit:
             self._committer.kick()
 
     def freeze(self) -> Frozen | None:
@@ -487,7 +491,7 @@ class Keyspace:
             for key, entry in entries.items():
                 self._keep_clean(db, key, entry)
         if not is_logged:
-            self._logged, self._is_loaded = None, False
+            self._logged = None
         elif self._logged is None:
             self._logged = layer
         else:
@@ -513,7 +517,7 @@ class Keyspace:
                 if entry is not None and isinstance(entry.value, SessionValue):
                     self._sessions[entry.value.uid] = (db, key)
         self._set_due(logged, due)
-        self._logged, self._is_loaded = logged, True
+        self._logged = logged
 
     def committed_elsewhere(self, db: int, key: bytes) -> None:
         """Another item of a round wrote this key's entry (a snapshot and its key are one item)."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from kvdb.errors import KvdbError, NoSpaceError
@@ -100,9 +101,11 @@ class Budget:
     async def make_room(self, n_bytes: int) -> None:
         """Evict until `n_bytes` more fit. Raises NoSpaceError when they cannot."""
         n_bytes += INDEX_MARGIN if n_bytes else 0
-        if self.excess(n_bytes + self._committer.uncommitted_bytes) <= 0:
+        if self.excess(n_bytes + self._committer.logged_bytes) <= 0:
             return
-        await self._keyspace.flush()  # what was deleted or logged a moment ago counts from a commit on
+        if n_bytes <= self.maxstore and self._keyspace.owes_commit:
+            with suppress(KvdbError):
+                await self._keyspace.flush()  # what was deleted or logged a moment ago counts from a commit on
         if self.excess(n_bytes) <= 0:
             return
         if self.policy == "noeviction" or n_bytes > self.maxstore:

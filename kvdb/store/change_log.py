@@ -92,6 +92,15 @@ class ChangeLog:
                 return found, f"record {len(found)} of {LOG_NAME} is damaged: record {number} behind it is whole"
         return found, ""
 
+    def sync(self) -> None:
+        """Make what `read` gave durable: a daemon that was killed may have left it in memory only. Raises OSError."""
+        fd = self._files.open(self._path, write=True)
+        try:
+            self._files.datasync(fd)
+        finally:
+            self._files.close(fd)
+        self._files.sync_dir(self._folder)
+
     def begin(self, txn: int) -> None:
         """The index has committed a transaction with everything that was logged, durably.
 
@@ -123,6 +132,16 @@ class ChangeLog:
         self._number += 1
         self._offset += record_bytes(changes)
         return True
+
+    def retract(self, changes: bytes) -> None:
+        """Take the last record back, which had these changes: it is not answered after all."""
+        self._number -= 1
+        self._offset -= record_bytes(changes)
+        try:
+            self._files.write(self._fd, bytes(ALIGN), self._offset)
+            self._files.datasync(self._fd)
+        except OSError as error:
+            log.error("%s keeps a change that was refused until the next commit: %s", self._path, error)
 
     def _open(self) -> int:
         """The file, durable with its name and length, whoever made it and was killed before that."""

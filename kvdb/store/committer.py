@@ -82,11 +82,8 @@ class Frozen(Protocol):
     def newest(self) -> Changes:
         """What neither the index nor the change log has."""
 
-    def whole(self, lost: Collection[Place], lost_before: Collection[Place]) -> Changes:
-        """What the index lacks, but for values that are lost: of the newest changes, and of those that were logged.
-
-        In the commit thread.
-        """
+    def whole(self, lost: Collection[Place]) -> Changes:
+        """What the index lacks, but for the newest values of keys that are `lost`. In the commit thread."""
 
 
 class Overlay(Protocol):
@@ -158,7 +155,7 @@ class Committer:
         self._thread = Threads(loop, 1, "kvdb-commit")
         self._is_closed = False
         self._tidying: asyncio.TimerHandle | None = None
-        self._logged_bytes = 0  # of large strings that the log names and the index does not
+        self.logged_bytes = 0  # of large strings that the log names and the index does not
         self._doubtful: list[Pin] = []  # kept until a commit succeeds
         self._in_doubt = False
         with index.read() as txn:
@@ -190,11 +187,6 @@ class Committer:
         self._waiting.append(_Item(_nothing, future, None))  # type: ignore[arg-type]
         self._run_soon()
         return future
-
-    @property
-    def uncommitted_bytes(self) -> int:
-        """Bytes of large strings that the change log names: they count once a round has committed them."""
-        return self._logged_bytes
 
     @property
     def owes_space(self) -> bool:
@@ -345,21 +337,26 @@ class Committer:
                 stored = store_strings(self._segments, self._files, strings)
                 if stored.reservation is not None:
                     return False  # a segment was given up in this moment
-                if not self._change_log.append(changes.pack(stored.refs, stored.ends)):
+                packed = changes.pack(stored.refs, stored.ends)
+                if not self._change_log.append(packed):
                     return False
-                stored.wait()  # both syncs at once: a start-up looks whether the last record's strings are whole
+                try:
+                    stored.wait()  # both syncs at once: a start looks whether the last record's strings are whole
+                except OSError:
+                    self._change_log.retract(packed)
+                    raise
             except Exception as error:
                 this.error = as_kvdb_error(error, "commit")
                 return True
             for string in stored.fresh:
                 string.is_synced = True
-            self._logged_bytes += sum(string.n_bytes for string in stored.fresh)
+            self.logged_bytes += sum(string.n_bytes for string in stored.fresh)
         this.is_logged = True
         return True
 
     def _may_log(self, value: bytes | HeldString) -> bool:
         """Whether a large string needs no more than a sync. Not too many of them: a commit gives their space back."""
-        if isinstance(value, bytes) or self._logged_bytes >= MAX_LOGGED_BYTES:
+        if isinstance(value, bytes) or self.logged_bytes >= MAX_LOGGED_BYTES:
             return False
         return value.is_committed or value.is_synced or not self._segments.is_abandoned(place_of(value).segment)
 
@@ -405,7 +402,7 @@ class Committer:
         this.is_committed = True
         if stamp is not None:
             self._change_log.begin(stamp)
-            self._logged_bytes = 0
+            self.logged_bytes = 0
         for string in stored.fresh:
             string.is_committed = True
         if stored.is_lossy:
@@ -417,19 +414,17 @@ class Committer:
         """The changes of a round, their large strings stored. A key whose value is lost keeps the one before."""
         if overlay is None:
             return None, Stored()
-        lost: tuple[set[Place], set[Place]] = (set(), set())  # of the newest changes, of those that were logged
+        lost: set[Place] = set()
         while True:
-            changes = overlay.whole(*lost)
+            changes = overlay.whole(lost)
             stored = store_strings(self._segments, self._files, changes.large)
-            found = [place for place, ref in stored.refs.items() if ref is None]
+            found = {place for place, ref in stored.refs.items() if ref is None}
             if not found:
-                stored.is_lossy = bool(lost[0])
+                stored.is_lossy = bool(lost)
                 return changes, stored
-            for place in found:
-                log.error(
-                    "key %r of database %d keeps its old value: the new one could not be synced", place[1], place[0]
-                )
-                lost[place in lost[0]].add(place)
+            for db, key in found:
+                log.error("key %r of database %d keeps its old value: the new one could not be synced", key, db)
+            lost |= found
 
     def _keep_written(self, work: Work, extent: Extent) -> None:
         """What is committed next was no garbage, even if a collection, in this round or before, took it for some.

@@ -350,7 +350,7 @@ class Index:
         Several tries where a daemon may write meanwhile.
         """
         try:
-            fd = os.open(self.path / "data.mdb", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return
         try:
@@ -504,10 +504,6 @@ class Index:
         txn.damaged, txn.strict = [], frozenset({Table.META, Table.SEGMENTS, Table.PLACES})
         return txn
 
-    def sync(self) -> None:
-        """Make the last commit survive power loss: a process that was killed in it may have left it in memory only."""
-        self._env.sync(True)
-
     def copy(self, folder: Path) -> None:
         """Write the index as of the last commit to `folder`/data.mdb, without its free pages."""
         try:
@@ -524,9 +520,14 @@ class Index:
             raise as_kvdb_error(error, "copy of the index") from error
 
     @property
+    def file(self) -> Path:
+        """The file that holds it all."""
+        return self.path / "data.mdb"
+
+    @property
     def file_bytes(self) -> int:
         """Length of the index file."""
-        return (self.path / "data.mdb").stat().st_size
+        return self.file.stat().st_size
 
     def close(self) -> None:
         """Close the environment; no transaction may be open."""

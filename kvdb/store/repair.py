@@ -59,7 +59,7 @@ def _apply_logged(index: Index, txn: Txn, logged: Logged) -> list[str]:
         work = Work()
         try:
             layer.apply(child, work, {})
-            for segment, end in logged.ends.items():
+            for segment, end in logged.ends[number].items():
                 work.commit_up_to(segment, *end)
             settle(child, work, ())
             child.raw.commit()

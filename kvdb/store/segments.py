@@ -242,13 +242,9 @@ class Segments:
                 self._files.datasync(segment.fd)
             except BaseException:
                 log.error("sync of segment %s failed: its uncommitted part is given up", segment_name(segment_id))
-                self.abandon(segment_id)
+                with self._lock:
+                    self._abandoned.add(segment_id)
                 raise
-
-    def abandon(self, segment_id: int) -> None:
-        """What was not committed there may be lost: nothing is appended behind it, and strings are copied, checked."""
-        with self._lock:
-            self._abandoned.add(segment_id)
 
     def dropped(self, extent: Extent, pin: Pin, is_committed: bool) -> None:
         """A submitted record that was received is no longer needed in memory. Takes no lock: finalizers call this."""

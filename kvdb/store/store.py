@@ -38,7 +38,7 @@ from kvdb.store.index import STAMP, Index, Table, Txn
 from kvdb.store.index_damage import check_while_serving, refuse_damaged
 from kvdb.store.large_strings import LargeStrings
 from kvdb.store.lock import Lock
-from kvdb.store.logged import read_logged
+from kvdb.store.logged import datasync, read_logged
 from kvdb.store.lookup import Match
 from kvdb.store.matches import Matches
 from kvdb.store.pins import Pin
@@ -155,6 +155,9 @@ class Store:
         return store
 
     def _recover(self) -> None:
+        # First of all: a daemon that was killed in a commit may have left it in memory only, and what follows cuts,
+        # punches and removes what that commit does not name.
+        datasync(self._files, self._index.file)
         with self._index.read() as txn:
             rows = txn.segments()
             untidy = {number: live_extents(txn, number) for number, row in rows.items() if row.untidy}
@@ -164,6 +167,7 @@ class Store:
             logged, problem = read_logged(self._change_log, txn, self._segments.folder, self._files)
         if problem:
             raise CorruptError(f"{self.folder}: {problem}; kvdb-check --repair keeps what was logged before it")
+        logged.make_durable(self._change_log, self._segments.folder, self._files)
         logged.extend_rows(rows, untidy)
         self.problems = self._segments.recover(rows, next_id, untidy)
         for problem in self.problems:
@@ -174,23 +178,15 @@ class Store:
         if logged.layers or logged.is_cut:
             # The next round commits them. Until then no other commit may be made, which would make the log void.
             self.keyspace.load(logged.held(self._segments, self.strings.hold))
+            self._committer.logged_bytes = sum(ref.n_bytes for ref in logged.new)
             log.info("%d records of the change log go into the index", len(logged.layers))
             self._committer.kick()
             return
         if not untidy or self._mark_tidy(untidy):
-            self._begin_log()
+            with self._index.read() as txn:
+                self._change_log.begin(txn.meta(STAMP))
         if has_pending:
             self._committer.kick()
-
-    def _begin_log(self) -> None:
-        """Let changes be logged on what the index says now. Should this fail, they are after the next commit."""
-        try:
-            self._files.commit(self._index.sync)
-        except (OSError, lmdb.Error) as error:
-            log.warning("the index cannot be synced: %s", error)
-            return
-        with self._index.read() as txn:
-            self._change_log.begin(txn.meta(STAMP))
 
     def _mark_tidy(self, segments: Iterable[int]) -> bool:
         """Their freed bytes were given back just now. Should this fail, the next start does so again."""

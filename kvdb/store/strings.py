@@ -157,15 +157,19 @@ def _write_strings(segments: Segments, files: Files, strings: Sequence[LargeStri
     reservation = segments.reserve(WRITER, sum(record_bytes(len(value)) for _, _, value in strings))
     offset = reservation.offset
     fd = files.open(reservation.path, write=True)
+    written: dict[int, StringRef] = {}  # a string that several keys share is written once
     try:
         for db, key, value in strings:
+            if id(value) in written:
+                stored.refs[db, key] = written[id(value)]
+                continue
             pieces = [value] if isinstance(value, bytes) else read_pieces(segments, files, value)
             try:
                 ref = write_record(files, fd, reservation, offset, pieces)
             except CorruptError:
                 stored.refs[db, key] = None
                 continue
-            stored.refs[db, key] = ref
+            stored.refs[db, key] = written[id(value)] = ref
             offset += record_bytes(ref.n_bytes)
     finally:
         files.close(fd)

@@ -255,7 +255,7 @@ EXPECTED: dict[str, dict[str, str]] = {
     },
     "fsync: EIO": {
         "MISCONF+": "SET large",
-        "ERR": "SNAPSHOT, BACKUP, EXPORT, IMPORT, COMPACT",
+        "ERR": "SNAPSHOT, BACKUP, EXPORT, IMPORT, COMPACT, start-up",
     },
     "rename, unlink: EIO": {
         "ERR": "BACKUP",
@@ -275,7 +275,7 @@ EXPECTED: dict[str, dict[str, str]] = {
     "all writing: EIO": {
         "MISCONF+": "SET, SET large, HSET, DEL, EXPIRE, RESTORE, REWIND, GENERATE",
         "MISCONF": "FORK, BACKUP, GC",
-        "ERR": "SNAPSHOT, EXPORT, IMPORT, COMPACT",
+        "ERR": "SNAPSHOT, EXPORT, IMPORT, COMPACT, start-up",
     },
     "all writing: ENOSPC": {
         "NOSPACE+": "SET, SET large, HSET, DEL, EXPIRE, RESTORE, REWIND, GENERATE",

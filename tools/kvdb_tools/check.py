@@ -50,12 +50,16 @@ def check(folder: Path, *, deep: bool, mend: bool, show_progress: bool = False) 
         index = Index(folder / "index", read_only=not mend)
         try:
             logged, log_findings = _read_log(index, folder)
-            if mend and logged.layers and take_logged(index, logged):
-                logged = Logged()
+            if mend and logged.layers:
+                logged.make_durable(ChangeLog(folder, OsFiles(), index.id), folder / "segments", OsFiles())
+                if take_logged(index, logged):
+                    logged = Logged()
             findings = [*log_findings, *_verify(index, folder, deep, show_progress)]
             if not mend or not findings:
                 return Report(findings, [], findings, len(logged.layers))
             done = repair(index, {finding.id for finding in findings if finding.id}, logged)
+            if log_findings:
+                done.insert(0, f"dropped {LOG_NAME} from the damaged record on")
             return Report(findings, done, _verify(index, folder, deep, show_progress))
         finally:
             index.close()
