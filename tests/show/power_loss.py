@@ -1,7 +1,8 @@
 """Simulated power losses: whatever was acknowledged is there, nothing else is wrong, and the store opens clean.
 
 A load of three clients at once (snapshots, forks, copies, renames, small and large strings, deletes, expiries,
-evictions, collections, compactions) runs on a file layer that records every call. From the log the disk is rebuilt as
+evictions, collections, compactions) runs on a file layer that records every call; every other load is killed some
+times, at any call, and started again. From the log the disk is rebuilt as
 power may leave it at a random moment: writes since a file's last sync are kept, dropped or torn at a 512-byte sector
 one by one, which covers reordering, and names whose directory was not synced may be missing. Each such disk is opened
 as a daemon opens it, checked deeply, and every key is compared with what clients had been told by then.
@@ -25,7 +26,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from kvdb.store import compact, segments
-from tests.kvdb.store.power import Verdict, run_load, try_states
+from tests.kvdb.store.power import Verdict, run_lives, run_load, try_states
 
 STATES_EACH = 50  # of one load
 
@@ -35,7 +36,8 @@ async def run(states: int, seed: int, scratch: Path, verdict: Verdict) -> tuple[
     loads = 0
     while verdict.states < states:
         loads += 1
-        files = await run_load(scratch / f"load{loads}", seed + loads)
+        folder = scratch / f"load{loads}"
+        files = await (run_lives(folder, seed + loads) if loads % 2 else run_load(folder, seed + loads))
         share = min(STATES_EACH, states - verdict.states)
         rng = random.Random(f"{seed} {loads}")
         actions += await try_states(files, share, rng, scratch / "state", verdict)

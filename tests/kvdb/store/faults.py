@@ -192,7 +192,10 @@ class LoggingFiles(OsFiles):
         with self._lock:
             n_before = len(self.log)
         super().datasync(fd)
-        self._add(Event("datasync", self._paths[fd], n_before))
+        if self._paths[fd] == self._index:
+            self.take_index()  # as a start does, of what a killed daemon may have left in memory
+        else:
+            self._add(Event("datasync", self._paths[fd], n_before))
 
     def sync_dir(self, path: Path) -> None:
         super().sync_dir(path)
@@ -205,6 +208,72 @@ class LoggingFiles(OsFiles):
     def commit(self, commit: Callable[[], None]) -> None:
         super().commit(commit)
         self.take_index()
+
+
+class KilledFiles(LoggingFiles):
+    """Stops after some calls that change something, as a daemon that is killed; the last one may be done in part.
+
+    What it leaves is in the page cache: the next life finds it, a power loss may not.
+    """
+
+    def __init__(self, index: Path, rng: random.Random) -> None:
+        super().__init__(index)
+        self.calls_left: int | None = None
+        self._rng = rng
+        self._kill_lock = threading.Lock()
+
+    def _is_last(self) -> bool:
+        """Whether this call is the one in which it is killed. Raises OSError in later ones."""
+        with self._kill_lock:
+            if self.calls_left is None:
+                return False
+            self.calls_left -= 1
+            if self.calls_left < 0:
+                raise OSError(errno.EIO, "killed")
+            return self.calls_left == 0
+
+    def _do(self, call: Callable[[], None]) -> None:
+        is_last = self._is_last()
+        if not is_last or self._rng.random() < 0.5:
+            call()
+        if is_last:
+            raise OSError(errno.EIO, "killed")
+
+    def create(self, path: Path) -> int:
+        if self._is_last():
+            raise OSError(errno.EIO, "killed")
+        return super().create(path)
+
+    def write(self, fd: int, data: Readable, offset: int) -> None:
+        is_last = self._is_last()
+        view = memoryview(data).cast("B")
+        done = self._rng.randrange(len(view) + 1) if is_last else len(view)
+        super().write(fd, view[:done], offset)
+        if is_last:
+            raise OSError(errno.EIO, "killed")
+
+    def truncate(self, fd: int, n_bytes: int) -> None:
+        self._do(lambda: super(KilledFiles, self).truncate(fd, n_bytes))
+
+    def datasync(self, fd: int) -> None:
+        self._do(lambda: super(KilledFiles, self).datasync(fd))
+
+    def sync_dir(self, path: Path) -> None:
+        self._do(lambda: super(KilledFiles, self).sync_dir(path))
+
+    def unlink(self, path: Path) -> None:
+        self._do(lambda: super(KilledFiles, self).unlink(path))
+
+    def punch(self, fd: int, offset: int, n_bytes: int) -> bool:
+        self._do(lambda: None)
+        return super().punch(fd, offset, n_bytes)
+
+    def commit(self, commit: Callable[[], None]) -> None:
+        if self._is_last():
+            if self._rng.random() < 0.5:
+                commit()  # in memory only: the disk may have none of it
+            raise OSError(errno.EIO, "killed")
+        super().commit(commit)
 
 
 def power_loss(log: list[Event], length: int, rng: random.Random, folder: Path) -> None:

@@ -12,12 +12,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvdb.errors import NoSpaceError, StalePagesError
+from kvdb.errors import KvdbError, NoSpaceError, StalePagesError
 from kvdb.store.entries import Entry, EntryType, SessionValue, StringRef
 from kvdb.store.store import Store
 from kvdb.store.strings import HeldString
 from kvdb.store.verify import verify
-from tests.kvdb.store.faults import LoggingFiles, power_loss
+from tests.kvdb.store.faults import KilledFiles, LoggingFiles, power_loss
 from tests.kvdb.store.states import (
     FINGERPRINT,
     MODEL,
@@ -177,6 +177,33 @@ async def run_load(folder: Path, seed: int, steps: int = 14) -> LoggingFiles:
     await store.register_model(MODEL)
     files.note("ready")
     await asyncio.gather(*(client(store, files, n, random.Random(f"{seed} {n}"), steps) for n in range(3)))
+    await store.close()
+    return files
+
+
+async def run_lives(folder: Path, seed: int, lives: int = 4) -> LoggingFiles:
+    """The same load, killed some times at any call, also while it starts."""
+    rng = random.Random(seed)
+    files = KilledFiles(folder / "index", rng)
+    loop = asyncio.get_running_loop()
+    store = Store.open(folder, loop=loop, files=files)
+    files.take_index()
+    await store.register_model(MODEL)
+    files.note("ready")
+    for life in range(lives):
+        files.calls_left = rng.randrange(1, 120)
+        if life:
+            try:
+                store = Store.open(folder, loop=loop, files=files)
+            except (KvdbError, OSError):
+                continue  # killed while it started
+        clients = (client(store, files, n, random.Random(f"{seed} {life} {n}"), 14) for n in range(3))
+        await asyncio.gather(*clients, return_exceptions=True)
+        files.calls_left = 0
+        await store._committer.idle()
+        store._release()
+    files.calls_left = None
+    store = Store.open(folder, loop=loop, files=files)
     await store.close()
     return files
 

@@ -130,6 +130,7 @@ async def test_a_start_syncs_the_last_record_and_its_strings(store: Store, fails
         failing.calls.clear()
     again = Store.open(copy, loop=asyncio.get_running_loop(), files=failing)
     assert failing.calls.count("datasync") == 3  # the index, the segment, the log
+    assert again._committer.logged_bytes >= len(BIG)  # they count against maxstore
     # One that cannot be synced now was not before: it was not answered.
     assert [await value_of(again, key) for key in (b"a", b"b")] == [
         BIG + b"a",

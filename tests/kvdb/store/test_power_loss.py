@@ -13,7 +13,7 @@ import pytest
 
 from kvdb.store.store import Store
 from tests.kvdb.store.faults import LoggingFiles, power_loss
-from tests.kvdb.store.power import KEYS, Verdict, allowed, judge, run_load, try_states
+from tests.kvdb.store.power import KEYS, Verdict, allowed, judge, run_lives, run_load, try_states
 from tests.kvdb.store.states import MODEL, PAGE, pack_ids, snapshot_entry, tokens, write_snapshot
 
 
@@ -24,6 +24,16 @@ async def test_power_loss(tmp_path: Path, seed: int) -> None:
     await try_states(files, 50, random.Random(seed), tmp_path / "state", verdict)
     assert verdict.problems() == []
     assert verdict.certain > 100
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_power_loss_after_kills(tmp_path: Path, seed: int) -> None:
+    """What a killed daemon left in memory only, the next one must bring to the disk before it builds on it."""
+    files = await run_lives(tmp_path / "load", seed)
+    verdict = Verdict()
+    await try_states(files, 40, random.Random(seed), tmp_path / "state", verdict)
+    assert verdict.problems() == []
+    assert verdict.certain > 50
 
 
 async def test_the_simulation_can_fail(tmp_path: Path) -> None:
