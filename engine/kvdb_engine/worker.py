@@ -216,7 +216,7 @@ class Worker:
             origin = self.sessions.get(message["source"])
             if origin is None:
                 raise RequestError("ENGINEDOWN", "the source session is not resident in this worker")
-            live = Live(origin.state.clone(), list(origin.page_ids))
+            live = Live(origin.state.clone(), origin.page_ids)
         elif places is None:
             live = Live(self.engine.new_state())
         else:
@@ -289,6 +289,7 @@ class Worker:
         known: list[list[bytes]] = message["known"]
         n_pages = layout.n_pages(state.n_tokens)
         ids = np.asarray(state.ids, dtype="<u4")
+        live.page_ids = live.page_ids.copy()  # a fork shares it
         written: list[list[Any]] = []
         handle = os.open(message["path"], os.O_WRONLY | os.O_CLOEXEC)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,29 @@ def test_a_source_is_copied_before_it_is_opened_anew(client: Client) -> None:
     ]
     client.sock.sendall(b"".join(map(encode_frame, requests)))
     assert [client.end_of(number)["tokens"] for number in (101, 102, 103)] == [100, 0, 7]
+
+
+def test_branches_share_the_names_of_their_pages_until_one_writes(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "segment"
+    path.touch()
+
+    def write(sid: bytes) -> list[bytes]:
+        pages = client.call("write", sid=sid, path=str(path), offset=0, have=0, known=[])["pages"]
+        assert isinstance(pages, list)
+        return pages
+
+    client.open(A)
+    client.call("extend", sid=A, ids=IDS[:3000].tobytes())
+    common = write(A)
+    client.open(B, A)
+    live = client.worker.sessions
+    assert live[B].page_ids is live[A].page_ids  # a branch costs no memory that grows with its tokens
+    client.call("extend", sid=A, ids=IDS[3000:].tobytes())
+    pages = write(A)
+    assert live[B].page_ids == common == pages[: len(common)]
+    client.call("extend", sid=B, ids=IDS[:1000].tobytes())
+    assert write(B)[: len(common)] == common
+    assert live[A].page_ids == pages
 
 
 def test_an_unknown_request_is_refused(client: Client) -> None:
