@@ -41,6 +41,7 @@ from kvdb.store.lock import Lock
 from kvdb.store.logged import datasync, read_logged
 from kvdb.store.lookup import Match
 from kvdb.store.matches import Matches
+from kvdb.store.models import put_model
 from kvdb.store.pins import Pin
 from kvdb.store.read import Reader, RecordPlace, plan, tail_place
 from kvdb.store.receive import Receiver
@@ -52,7 +53,7 @@ from kvdb.store.records import (
     SnapshotRecord,
     Usage,
 )
-from kvdb.store.rows import ModelRow, Reason, SnapshotRow, pack
+from kvdb.store.rows import ModelRow, Reason, SnapshotRow
 from kvdb.store.segments import Segments, live_extents
 from kvdb.store.snapshots import check_written, commit_snapshot, uncache_snapshot, usage
 from kvdb.store.stats import StoreStats, measure
@@ -257,7 +258,7 @@ class Store:
         with self._index.read() as txn:
             if txn.model(model.fingerprint) is not None and model in self.models():
                 return  # nothing to write: a daemon must start on a full disk
-        await self._committer.submit(lambda txn, work: _put_model(txn, model))
+        await self._committer.submit(lambda txn, work: put_model(txn, model))
         with self._index.read() as txn:
             self._models = {row.number: fingerprint for fingerprint, row in txn.models().items()}
 
@@ -596,14 +597,3 @@ class Store:
     async def backup(self, target: Path) -> BackupReport:
         """Copy the whole store, as of now, into a directory that can be served; only what it lacks is copied."""
         return await self._care.backup(target)
-
-
-def _put_model(txn: Txn, model: ModelRecord) -> None:
-    row = txn.model(model.fingerprint)
-    if row is None:
-        number = txn.meta(b"next_model", 1)
-        txn.put_meta(b"next_model", number + 1)
-        row = ModelRow(number, model.name, model.family, model.layout_bytes)
-    elif (row.family, row.layout) != (model.family, model.layout_bytes):
-        raise WrongModelError(f"model {model.name} has the fingerprint of {row.name} and another layout or family")
-    txn.put(Table.MODELS, model.fingerprint, pack(row._replace(name=model.name)))
