@@ -19,7 +19,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import islice
-from typing import Any
 
 import msgpack
 
@@ -43,12 +42,11 @@ from kvdb.store.entries import (
 )
 from kvdb.store.entry_writes import read_journal
 from kvdb.store.index import Index, Table, from_u64, u16, u64
-from kvdb.store.layer import JournalChange, Layer
+from kvdb.store.layer import MISSING, JournalChange, Layer
 from kvdb.store.work import size_name
 
 Type = EntryType  # callers say keyspace.Type.SESSION
 _SESSION = EntryType.SESSION
-_MISSING: Any = object()
 _CLEAN_ENTRIES = 32768  # by database; a few MB
 _CLEAN_BYTES = 1024  # larger strings are read from the index each time
 _HASHES = 1 << 64
@@ -112,8 +110,8 @@ class Keyspace:
 
         A large string is not read: its value says where it lies, which is so until the caller awaits; see `held`.
         """
-        entry: Entry | None = self._maps[db].get(key, _MISSING)
-        if entry is _MISSING:
+        entry: Entry | None = self._maps[db].get(key, MISSING)
+        if entry is MISSING:
             entry = self._fetch(db, key)
         if entry is None:
             return None
@@ -136,8 +134,8 @@ class Keyspace:
         return self._maps[db], self._clean[db] if is_newest else {}
 
     def _newest(self, db: int, key: bytes) -> Entry | None:
-        entry: Entry | None = self._maps[db].get(key, _MISSING)
-        return self._fetch(db, key) if entry is _MISSING else entry
+        entry: Entry | None = self._maps[db].get(key, MISSING)
+        return self._fetch(db, key) if entry is MISSING else entry
 
     def exists(self, db: int, key: bytes) -> bool:
         """Whether a key holds something."""
@@ -161,26 +159,20 @@ class Keyspace:
         """What the layers below the active one say."""
         if db in self._active.cleared:
             return None
-        if (frozen := self._frozen) is not None:
-            entry: Entry | None = frozen.maps[db].get(key, _MISSING)
-            if entry is not _MISSING:
-                return entry
-            if db in frozen.cleared:
-                return None
-        entry = self._clean[db].get(key, _MISSING)
-        if entry is _MISSING:
+        entry: Entry | None = MISSING if self._frozen is None else self._frozen.find(db, key)
+        if entry is not MISSING:
+            return entry
+        entry = self._clean[db].get(key, MISSING)
+        if entry is MISSING:
             entry = self._read(db, key)
             self._keep_clean(db, key, entry)
         return entry
 
     def _read(self, db: int, key: bytes) -> Entry | None:
         """What the logged layer and the index say."""
-        if (logged := self._logged) is not None:
-            entry: Entry | None = logged.maps[db].get(key, _MISSING)
-            if entry is not _MISSING:
-                return entry
-            if db in logged.cleared:
-                return None
+        entry: Entry | None = MISSING if self._logged is None else self._logged.find(db, key)
+        if entry is not MISSING:
+            return entry
         data = self._reader.get(Table.KEYS, name_key(db, key))
         return None if data is None else decode_entry(data)
 
@@ -203,11 +195,9 @@ class Keyspace:
             return False
         layers = self._layers()
         for below in reversed(layers[: layers.index(layer)]):
-            entry = below.maps[db].get(key, _MISSING)
-            if entry is not _MISSING:
+            entry = below.find(db, key)
+            if entry is not MISSING:
                 return entry is not None
-            if db in below.cleared:
-                return False
         return self._reader.get(Table.KEYS, name_key(db, key)) is not None
 
     def _layers(self) -> list[Layer]:
@@ -478,10 +468,9 @@ class Keyspace:
         if layer is None:
             return
         if error is not None:
-            due = [*layer.due, *self._active.due]
             layer.take(self._active)
+            layer.take_due(self._active)
             self._active = layer
-            self._set_due(layer, due)
             layer.forget_counts()
             self._maps = layer.maps
             return
@@ -495,28 +484,20 @@ class Keyspace:
         elif self._logged is None:
             self._logged = layer
         else:
-            due = [*self._logged.due, *layer.due]
             self._logged.take(layer)
-            self._set_due(self._logged, due)
-
-    @staticmethod
-    def _set_due(layer: Layer, due: list[tuple[int, int, bytes]]) -> None:
-        heapq.heapify(due)
-        layer.due = due
+            self._logged.take_due(layer)
 
     def load(self, layers: Iterable[Layer]) -> None:
         """Make changes again that the change log held at start-up. Large strings are held."""
         logged = Layer()
         for layer in layers:
             logged.take(layer)
-        due = []
         for db, entries in enumerate(logged.maps):
             for key, entry in entries.items():
                 if entry is not None and entry.expire_ms:
-                    due.append((entry.expire_ms, db, key))
+                    heapq.heappush(logged.due, (entry.expire_ms, db, key))
                 if entry is not None and isinstance(entry.value, SessionValue):
                     self._sessions[entry.value.uid] = (db, key)
-        self._set_due(logged, due)
         self._logged = logged
 
     def committed_elsewhere(self, db: int, key: bytes) -> None:

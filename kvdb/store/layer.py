@@ -11,7 +11,9 @@ the segments of these records reach: a segment that is new has no row in the ind
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import msgpack
 
@@ -29,6 +31,7 @@ from kvdb.store.strings import LargeString, Refs
 from kvdb.store.work import Work
 from kvdb_protocol.errors import FormatError
 
+MISSING: Any = object()
 Ends = Mapping[int, tuple[int, int]]  # segment -> (committed length, creation time in Unix ms)
 
 
@@ -73,9 +76,16 @@ class Layer:
         self.seen[db] = self.below[db] = 0
         self.cleared.add(db)
 
+    def find(self, db: int, key: bytes) -> Any:
+        """What this layer says of a key: its entry, None if it is deleted, MISSING if that is not said here."""
+        entry = self.maps[db].get(key, MISSING)
+        return None if entry is MISSING and db in self.cleared else entry
+
     def take(self, newer: Layer, without: Collection[tuple[int, bytes]] = ()) -> None:
-        """Make the changes of a newer layer in this one, but for some keys. `newer` keeps its own; `due` is left
-        alone."""
+        """Make the changes of a newer layer in this one, but for some keys; `take_due` does the same for expiries.
+
+        `newer` keeps its own.
+        """
         for db in newer.cleared:
             self.clear(db)
         for db, (mine, theirs) in enumerate(zip(self.maps, newer.maps, strict=True)):
@@ -84,6 +94,11 @@ class Layer:
             mine.update(theirs)
         for uid, changes in newer.journal.items():
             self.journal.setdefault(uid, []).extend(changes)
+
+    def take_due(self, newer: Layer) -> None:
+        """Know of the newer layer's expiries. On the event loop, which alone uses `due`."""
+        for item in newer.due:
+            heapq.heappush(self.due, item)
 
     @property
     def large(self) -> list[LargeString]:

@@ -13,6 +13,7 @@ import msgpack
 
 from kvdb.errors import KvdbError
 from kvdb.store.entries import DATABASES, Entry, decode_entry, decode_key, name_db, referenced_snapshot
+from kvdb.store.holds import Holds, sweep
 from kvdb.store.index import Index, Table, Txn, from_place_key, from_u64, u64
 from kvdb.store.logged import Logged
 from kvdb.store.rows import PlaceRow, SegmentRow
@@ -44,11 +45,16 @@ def repair(index: Index, damaged: Collection[bytes], logged: Logged) -> list[str
 def take_logged(index: Index, logged: Logged) -> bool:
     """Commit what the change log has; False if the index is too damaged for it."""
     txn = index.begin_write()
-    if _apply_logged(index, txn, logged):
+    try:
+        is_taken = not _apply_logged(index, txn, logged)
+    except BaseException:
         txn.raw.abort()
-        return False
-    txn.commit()
-    return True
+        raise
+    if is_taken:
+        txn.commit()
+    else:
+        txn.raw.abort()
+    return is_taken
 
 
 def _apply_logged(index: Index, txn: Txn, logged: Logged) -> list[str]:
@@ -61,6 +67,7 @@ def _apply_logged(index: Index, txn: Txn, logged: Logged) -> list[str]:
             layer.apply(child, work, {})
             for segment, end in logged.ends[number].items():
                 work.commit_up_to(segment, *end)
+            sweep(child, work, Holds())
             settle(child, work, ())
             child.raw.commit()
         except (KvdbError, ValueError, TypeError) as error:
@@ -71,13 +78,12 @@ def _apply_logged(index: Index, txn: Txn, logged: Logged) -> list[str]:
 
 
 def _repair(txn: Txn, damaged: set[bytes]) -> list[str]:
-    said: list[str] = []
     contents = load(txn)
     damaged |= {page_id for page_id, row in contents.pages.items() if row.model not in contents.models}
     damaged |= {key for key, row in contents.snapshots.items() if row.model not in contents.models}
     damaged |= _outside(contents)
     lost = contents.hurt_by(damaged)
-    said += _drop_keys(txn, lost | damaged, contents)
+    said = _drop_keys(txn, lost | damaged, contents)
     for snapshot_id in sorted(lost):
         row = contents.snapshots.pop(snapshot_id)
         txn.delete(Table.SNAPSHOTS, snapshot_id)

@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from kvdb.errors import CorruptError, KvdbError
 from kvdb.store.change_log import LOG_NAME, ChangeLog
+from kvdb.store.errors import as_kvdb_error
 from kvdb.store.files import OsFiles
 from kvdb.store.index import STAMP, Index
 from kvdb.store.index_damage import damaged_rows
@@ -51,7 +52,10 @@ def check(folder: Path, *, deep: bool, mend: bool, show_progress: bool = False) 
         try:
             logged, log_findings = _read_log(index, folder)
             if mend and logged.layers:
-                logged.make_durable(ChangeLog(folder, OsFiles(), index.id), folder / "segments", OsFiles())
+                try:
+                    logged.make_durable(ChangeLog(folder, OsFiles(), index.id), folder / "segments", OsFiles())
+                except OSError as error:
+                    raise as_kvdb_error(error, f"sync of {LOG_NAME}") from error
                 if take_logged(index, logged):
                     logged = Logged()
             findings = [*log_findings, *_verify(index, folder, deep, show_progress)]

@@ -363,6 +363,24 @@ async def test_an_expiry_that_was_logged_is_due_at_once(store: Store) -> None:
     await again.close()
 
 
+async def test_repair_takes_a_sound_log_as_a_start_does(store: Store) -> None:
+    """A deleted snapshot is freed, so nothing is found afterwards."""
+    for key in (b"k", b"l"):
+        await put_snapshot(store, key, tokens(300, seed=key[0]))
+    before = (await store.stats()).live
+    store.keyspace.delete(0, b"k")
+    store.keyspace.put(0, b"a", string(b"1"))
+    await store.keyspace.make_durable()
+    copy = after_a_crash(store)
+    report = check(copy, deep=True, mend=True)
+    assert (report.findings, report.done, report.n_logged) == ([], [], 0)
+    again = await reopened(copy)
+    assert [await value_of(again, b"a"), again.keyspace.get(0, b"k")] == [b"1", None]
+    assert (await again.stats()).live == before / 2
+    await again.close()
+    assert check(copy, deep=True, mend=False).findings == []
+
+
 @pytest.mark.parametrize("number", [0, 2])
 async def test_a_damaged_log_is_not_served_and_can_be_repaired(store: Store, number: int) -> None:
     for one in range(4):
