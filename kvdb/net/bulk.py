@@ -1,9 +1,8 @@
 """Large strings between a connection and the store: received into a segment, sent from one, never whole in memory.
 
 What is in memory for one string is bounded: some megabytes that were received and not written yet, after which the
-socket is not read; one piece, and what the transport buffers, of a string that is being sent. Each piece is checked
-just before it is sent: damage in the first one is answered as an error, damage found later ends the connection, since
-the length has been promised.
+socket is not read; one buffer of a string that is being sent. Each piece is checked just before it is sent: damage in
+the first buffer is answered as an error, damage found later ends the connection, since the length has been promised.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, cast
 
 from kvdb.acl import refused
 from kvdb.errors import KvdbError
-from kvdb.store.entries import PIECE_BYTES, HeldString, LargeValue, StringRef, place_of
+from kvdb.net.send_buffers import HEAD_BYTES, TAIL_BYTES
+from kvdb.store.entries import HeldString, LargeValue, StringRef, place_of
 from kvdb.store.errors import as_kvdb_error
 from kvdb_protocol.replies import Encoded, Reply, encode, encode_error
 from kvdb_protocol.requests import Request
@@ -32,8 +32,6 @@ _GATHER_BYTES = 256 << 10
 _ALL_WAITING_BYTES = 64 << 20
 # Strings below this are read at once and sent as one object.
 _WHOLE_BYTES = 1 << 20
-# Pieces that are sent before others get their turn.
-_PIECES_AT_ONCE = 8
 _HEAD_BYTES = 128
 # Commands that store an argument as it is: its first position, and the step to the next one.
 _VALUES_AT = {
@@ -124,37 +122,47 @@ async def send(client: Client, reply: Pieces) -> None:
 
 
 async def _send_string(client: Client, string: HeldString) -> None:
-    store = client.server.store
+    buffers, strings = client.server.send_buffers, client.server.store.strings
     n_bytes = place_of(string).n_bytes
+    buffer = buffers.take(may_be_large=not client.is_encrypted)
     sent = 0
     try:
-        reader = await store.strings.open(string)
-        buffer = bytearray(PIECE_BYTES)
+        reader = await strings.open(string)
         try:
-            piece = await store.strings.piece(reader, 0, buffer)
-            client.write(b"$%d\r\n" % n_bytes)
-            for number in range(reader.n_pieces):
-                client.write(piece)
-                sent += len(piece)
-                if client.has_unsent:  # a part of the piece waits in the transport, which needs the buffer until then
-                    buffer = bytearray(PIECE_BYTES)
-                if number + 1 < reader.n_pieces:
-                    # Read while the client takes this one.
-                    piece = await store.strings.piece(reader, number + 1, buffer)
-                await client.drained()
-                if number % _PIECES_AT_ONCE == _PIECES_AT_ONCE - 1:
-                    await asyncio.sleep(0)
+            while sent < n_bytes:
+                room = buffer[HEAD_BYTES:-TAIL_BYTES]
+                n_read = reader.read_cached(sent, room) or await strings.read_into(reader, sent, room)
+                start, end = HEAD_BYTES, HEAD_BYTES + n_read
+                if not sent:
+                    head = b"$%d\r\n" % n_bytes
+                    start -= len(head)
+                    buffer[start:HEAD_BYTES] = head
+                sent += n_read
+                if sent == n_bytes:
+                    buffer[end : end + TAIL_BYTES] = b"\r\n"
+                    end += TAIL_BYTES
+                client.write(buffer[start:end])
+                if client.has_unsent:
+                    await client.drained()
+                    if client.has_unsent:  # with TLS it may hold some even then
+                        buffers.drop(buffer)
+                        buffer = buffers.take(may_be_large=False)
+                await asyncio.sleep(0)  # others get their turn
         finally:
             reader.close()
     except KvdbError as error:
         client.server.count_error(error.word)
-        if not sent:
+        if sent:
+            log.error(
+                "client %d (%s) closed after %d of %d bytes: %s", client.id, client.peer, sent, n_bytes, error.wire
+            )
+            client.abort()
+        else:
             client.write(encode_error(error.wire))
-            return
-        log.error("client %d (%s) closed after %d of %d bytes: %s", client.id, client.peer, sent, n_bytes, error.wire)
-        client.abort()
-        return
-    client.write(b"\r\n")
+    except BaseException:  # a thread may be reading into it, or the transport hold it
+        buffers.drop(buffer)
+        raise
+    buffers.give_back(buffer)
 
 
 # Receiving

@@ -125,8 +125,7 @@ class Client(asyncio.Protocol):
         transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses of it
         self.transport = transport
         # What the kernel does not take at once is reason to stop; with TLS uvloop would not go on after a limit of 0.
-        is_encrypted = transport.get_extra_info("ssl_object") is not None
-        transport.set_write_buffer_limits(high=_TLS_BUFFER_BYTES if is_encrypted else 0)
+        transport.set_write_buffer_limits(high=_TLS_BUFFER_BYTES if self.is_encrypted else 0)
         sock = transport.get_extra_info("socket")
         self.fd = sock.fileno() if sock is not None else -1
         self.local = _address(transport.get_extra_info("sockname"))
@@ -445,6 +444,11 @@ class Client(asyncio.Protocol):
         self.output_bytes += len(data)
         if not self._closing:
             self.transport.write(data)
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the connection is TLS."""
+        return self.transport.get_extra_info("ssl_object") is not None
 
     @property
     def has_unsent(self) -> bool:

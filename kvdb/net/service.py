@@ -22,6 +22,7 @@ from kvdb.errors import KvdbError
 from kvdb.net import listeners
 from kvdb.net.observers import Observers
 from kvdb.net.pubsub import PubSub
+from kvdb.net.send_buffers import SendBuffers
 from kvdb.net.statistics import Statistics
 from kvdb_protocol.requests import Request
 
@@ -78,6 +79,7 @@ class Server:
         self.commands = all_commands()
         self.acl = Acl()
         self.pubsub = PubSub()
+        self.send_buffers = SendBuffers()
         self.statistics = Statistics()
         self.observers = Observers(self.pubsub)
         self.clients: dict[int, Client] = {}

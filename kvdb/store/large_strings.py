@@ -52,10 +52,9 @@ class LargeStrings:
             raise
         return reader
 
-    async def piece(self, reader: StringReader, number: int, buffer: bytearray) -> bytes | memoryview:
-        """A piece of it, checked; it may lie in `buffer`, of PIECE_BYTES. Raises CorruptError."""
-        piece = reader.cached(number, buffer)
-        return piece if piece is not None else await self._pool.run(partial(reader.piece, number))
+    async def read_into(self, reader: StringReader, start: int, buffer: memoryview) -> int:
+        """Fill the buffer with checked pieces of it from `start`; bytes read. Raises CorruptError."""
+        return await self._pool.run(partial(reader.read_into, start, buffer))
 
     def give_back_late(self) -> None:
         """Free what had to wait for a reader that is done now."""

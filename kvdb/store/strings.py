@@ -191,6 +191,7 @@ class StringReader:
         """Nothing is read yet."""
         self.ref = ref
         self._place = string_place(folder, ref)
+        self._offset = ref.offset + HEADER_BYTES
         self._files = files
         self._fd = -1
         self._crcs = ref.crcs
@@ -218,14 +219,32 @@ class StringReader:
         self._check(number, data)
         return data
 
-    def cached(self, number: int, buffer: bytearray) -> memoryview | None:
-        """The piece, in `buffer` of PIECE_BYTES, if it can be had without waiting for a disk. Raises CorruptError."""
-        offset, n_bytes = self._range(number)
-        data = memoryview(buffer)[:n_bytes]
-        if not self._files.read_cached(self._fd, data, self.ref.offset + HEADER_BYTES + offset):
-            return None
-        self._check(number, data)
-        return data
+    def read_into(self, start: int, buffer: memoryview) -> int:
+        """Fill the buffer with whole pieces from `start`, where one begins; bytes read. Raises CorruptError."""
+        data = self._part(start, buffer)
+        try:
+            n_bytes = self._files.read_into(self._fd, data, self._offset + start)
+        except OSError as error:
+            raise as_kvdb_error(error, self._place.words) from error
+        if n_bytes < len(data):
+            raise CorruptError(f"{self._place.words}: the segment file ends early")
+        return self._checked(start, data)
+
+    def read_cached(self, start: int, buffer: memoryview) -> int:
+        """The same if it can be had without waiting for a disk, else 0. Raises CorruptError."""
+        data = self._part(start, buffer)
+        return self._checked(start, data) if self._files.read_cached(self._fd, data, self._offset + start) else 0
+
+    def _part(self, start: int, buffer: memoryview) -> memoryview:
+        n_bytes = self.ref.n_bytes - start
+        return buffer[:n_bytes] if n_bytes <= len(buffer) else buffer[: len(buffer) // PIECE_BYTES * PIECE_BYTES]
+
+    def _checked(self, start: int, data: memoryview) -> int:
+        number = start // PIECE_BYTES
+        for at in range(0, len(data), PIECE_BYTES):
+            self._check(number, data[at : at + PIECE_BYTES])
+            number += 1
+        return len(data)
 
     def open(self) -> None:
         """Open the segment and check the record's header: comes first. Raises CorruptError.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from kvdb.net.send_buffers import LARGE_BYTES, N_LARGE
 from kvdb_tools.daemon import rss_bytes
 
 from .conftest import Daemon, StartDaemon, Wire, free_port, request
@@ -144,6 +145,11 @@ def test_through_tls(start: StartDaemon, certificate: Path) -> None:
     wire.file = wire.sock.makefile("rb")
     wire.raw(request("SET", "k", BIG) + request("GET", "k") + request("PING"))
     assert [wire.reply() for _ in range(3)] == [OK, ("$", BIG), ("+", b"PONG")]
+    long = BIG * 8
+    assert wire("SET", "long", long) == OK
+    wire.send("GET", "long")
+    time.sleep(0.3)  # more waits in the daemon than the kernel takes
+    assert wire.reply() == ("$", long)
     wire.close()
 
 
@@ -177,6 +183,27 @@ def test_memory_stays_bounded(start: StartDaemon) -> None:
     assert wire("DEL", "huge") == (":", b"1")
     unread.close()
     wait_until_free_but_warm(wire)
+
+
+def test_clients_that_do_not_read_share_few_large_buffers(start: StartDaemon) -> None:
+    daemon = start(port=True)
+    wire = daemon.tcp()
+    value = BIG * 8
+    assert wire("SET", "k", value) == OK
+    assert wire("GET", "k") == ("$", value)
+    before = rss_bytes(daemon.process.pid)
+    waiting = [daemon.tcp() for _ in range(3 * N_LARGE)]
+    for one in waiting:
+        one.send("GET", "k")
+    time.sleep(0.5)
+    grown = rss_bytes(daemon.process.pid) - before
+    assert grown < N_LARGE * LARGE_BYTES + 3 * N_LARGE * (256 << 10) + 4 * MIB
+    assert wire("GET", "k") == ("$", value), "one who finds no large buffer"
+    for one in waiting[::2]:
+        assert one.reply() == ("$", value)
+    for one in waiting:  # half of them in the middle of the string
+        one.close()
+    assert wire("GET", "k") == ("$", value)
 
 
 def wait_until_free_but_warm(wire: Wire) -> None:
@@ -288,13 +315,13 @@ def test_acknowledged_is_kept_over_a_kill(start: StartDaemon, appendfsync: str) 
 def test_damage_is_never_served(start: StartDaemon) -> None:
     daemon = start()
     wire = daemon.wire()
-    for key in ("first", "later", "good"):
-        assert wire("SET", key, key.encode() + os.urandom(8) + BIG) == OK
+    for key, rest in (("first", BIG), ("later", BIG * 2), ("good", BIG)):
+        assert wire("SET", key, key.encode() + os.urandom(8) + rest) == OK
     assert wire("SAVE") == OK
     (path,) = (daemon.folder / "data" / "segments").glob("*.seg")
     data = bytearray(path.read_bytes())
     data[data.index(b"first") + 100] ^= 1
-    data[data.index(b"later") + 2 * MIB] ^= 1
+    data[data.index(b"later") + LARGE_BYTES + MIB] ^= 1
     path.write_bytes(data)
     kind, line = wire("GET", "first")
     assert kind == "-" and line.startswith(b"CORRUPT string")  # type: ignore[attr-defined]
@@ -303,11 +330,22 @@ def test_damage_is_never_served(start: StartDaemon) -> None:
     assert wire("GETRANGE", "first", 0, 9)[1].startswith(b"CORRUPT")  # type: ignore[attr-defined]
     assert wire("MGET", "first", "good")[1][0][1].startswith(b"CORRUPT")  # type: ignore[index]
     wire.send("GET", "later")
-    assert len(wire.rest()) < len(BIG), "the connection ends before a wrong byte is sent"
+    came = wire.rest()
+    assert came.startswith(b"$") and len(came) < LARGE_BYTES + MIB, "the connection ends before a wrong byte is sent"
     wire = daemon.wire()
     assert wire("GET", "good")[1].endswith(BIG)  # type: ignore[union-attr]
     assert wire("DEL", "first", "later") == (":", b"2")
     assert "CORRUPT" in daemon.log()
+
+
+def test_a_segment_that_was_cut_is_never_served_from_what_a_buffer_still_holds(start: StartDaemon) -> None:
+    daemon = start()
+    wire = daemon.wire()
+    assert wire("SET", "k", BIG) == OK and wire("SAVE") == OK
+    assert wire("GET", "k") == ("$", BIG)
+    (path,) = (daemon.folder / "data" / "segments").glob("*.seg")
+    os.truncate(path, 2 * MIB)
+    assert wire("GET", "k")[1].startswith(b"CORRUPT string")  # type: ignore[attr-defined]
 
 
 def test_it_ends_while_strings_come_in(start: StartDaemon) -> None:
