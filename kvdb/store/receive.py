@@ -43,17 +43,15 @@ class Receiver:
     def __init__(
         self,
         pool: Threads,
-        sync_pool: Threads,
         segments: Segments,
         files: Files,
         reserve: Callable[[str, int], Awaitable[Reservation]],
     ) -> None:
-        """sync_pool: for syncs ahead of their rounds, which readers shall not have to wait for.
+        """pool: its threads write and sync, which readers shall not have to wait for.
 
         reserve: makes room under `maxstore`, then takes the append position of a writer (Store.reserve).
         """
         self.pool = pool
-        self.sync_pool = sync_pool
         self.segments = segments
         self.files = files
         self._reserve = reserve
@@ -97,9 +95,13 @@ class Incoming:
     async def finish(self, pieces: Sequence[bytes], string: HeldString, *, is_urgent: bool = False) -> None:
         """The last bytes: `string` stands for all of them now. Raises KvdbError.
 
-        is_urgent: somebody will wait for its commit, so the sync begins now, while its entry is made.
+        is_urgent: somebody will wait for its commit, so the same thread goes on with the sync while its entry is made.
         """
-        await self._in_thread(partial(self._finish, pieces, string, is_urgent))
+        if is_urgent:
+            string.sync = Future()
+        await self._in_thread(
+            partial(self._finish, pieces, string), partial(self._sync_ahead, string) if is_urgent else None
+        )
         self._receiver.free(self._writer)
 
     async def abandon(self) -> None:
@@ -109,10 +111,10 @@ class Incoming:
         finally:
             self._receiver.free(self._writer)
 
-    async def _in_thread(self, function: Callable[[], None]) -> None:
+    async def _in_thread(self, function: Callable[[], None], then: Callable[[], None] | None = None) -> None:
         try:
             # Shielded: the thread goes on when the task is cancelled, so the next call must not begin before.
-            await asyncio.shield(self._receiver.pool.run(function))
+            await asyncio.shield(self._receiver.pool.run(function, then))
         except OSError as error:
             raise as_kvdb_error(error, "receiving a string") from error
 
@@ -138,7 +140,7 @@ class Incoming:
         self._receiver.segments.datasync(self._reservation.segment_id)
         self._synced = self._sums.n_bytes
 
-    def _finish(self, pieces: Sequence[bytes], string: HeldString, is_urgent: bool) -> None:
+    def _finish(self, pieces: Sequence[bytes], string: HeldString) -> None:
         self._write(pieces, padding(string.n_bytes))
         segments, reservation = self._receiver.segments, self._reservation
         head, ref = self._sums.end(reservation.segment_id, reservation.offset)
@@ -149,15 +151,10 @@ class Incoming:
         let_go = partial(segments.dropped, extent, segments.pins.hold(extent))
         segments.advance(self._writer, reservation, extent.offset + extent.n_bytes)
         string.complete(ref, reservation.created_ms, False, let_go)
-        if is_urgent:
-            string.sync = Future()
-            self._receiver.sync_pool.start(partial(self._sync_ahead, string), _ignore)
 
     def _sync_ahead(self, string: HeldString) -> None:
         """Holding the string keeps its segment open until the sync has returned."""
         assert string.sync is not None and string.ref is not None
-        if not string.sync.set_running_or_notify_cancel():
-            return  # the round was faster
         problem = None
         try:
             self._receiver.segments.datasync(string.ref.segment)
@@ -177,8 +174,3 @@ class Incoming:
     def _close(self) -> None:
         fd, self._fd = self._fd, -1
         self._files.close(fd)
-
-
-def _ignore(_: object, error: BaseException | None) -> None:
-    """The sync's result is in the string."""
-    assert error is None, error

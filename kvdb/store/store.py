@@ -70,7 +70,7 @@ log = logging.getLogger("kvdb.store")
 T = TypeVar("T")
 
 READER_THREADS = 4
-SYNC_THREADS = 2
+STRING_THREADS = 4
 USES_EVERY_S = 60.0
 IMPORTER = "import"
 
@@ -87,7 +87,7 @@ class Store:
         self._segments = Segments(folder / "segments", files)
         self._holds = Holds()
         self._pool = Threads(loop, READER_THREADS, "kvdb-read")
-        self._sync_pool = Threads(loop, SYNC_THREADS, "kvdb-sync")
+        self._string_pool = Threads(loop, STRING_THREADS, "kvdb-strings")
         self._ballast = Ballast(folder / "ballast", files)
         self._change_log = ChangeLog(folder, files, index.id)
         self._committer = Committer(
@@ -110,7 +110,7 @@ class Store:
         self._uses_timer = loop.call_later(USES_EVERY_S, self._write_uses)
         self._models: dict[int, bytes] = {}
         self._importing = asyncio.Lock()  # one writer, one reservation
-        self.receiver = Receiver(self._pool, self._sync_pool, self._segments, files, self.reserve)
+        self.receiver = Receiver(self._string_pool, self._segments, files, self.reserve)
         self._matches = Matches(loop, self._pool, index, self._holds, self._unhold)
         self._care = Care(loop, self._pool, index, files, self._segments, self._holds, self._committer)
         self._verifying = asyncio.Lock()
@@ -223,7 +223,7 @@ class Store:
         self._uses_timer.cancel()
         self._committer.close()
         self._pool.close()
-        self._sync_pool.close()  # behind the pool, which starts syncs
+        self._string_pool.close()
         self.keyspace.close()
         self._segments.close()
         self._index.close()

@@ -142,7 +142,7 @@ def store_strings(segments: Segments, files: Files, strings: Sequence[LargeStrin
             stored.fresh.append(value)
             if value.is_synced:
                 continue
-            if value.sync is not None and not value.sync.cancel():
+            if value.sync is not None:
                 stored.syncs.append(value.sync)
             else:
                 unsynced.add(ref.segment)

@@ -257,7 +257,7 @@ class LateSyncs(FailingFiles):
             self._is_logged.set()
 
     def datasync(self, fd: int) -> None:
-        if self.is_armed and threading.current_thread().name.startswith("kvdb-sync"):
+        if self.is_armed and threading.current_thread().name.startswith("kvdb-strings"):
             self.has_begun.set()
             assert self._is_logged.wait(10)
             raise OSError(errno.EIO, "injected")

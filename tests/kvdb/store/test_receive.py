@@ -419,26 +419,6 @@ async def test_a_sync_without_memory_is_a_failed_sync(tmp_path: Path) -> None:
     assert findings(tmp_path) == []
 
 
-async def test_a_round_does_not_wait_for_a_sync_that_has_not_begun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = FailingFiles()
-    store = await open_store(tmp_path, files)
-    late: list[Callable[[], object]] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(store.receiver.sync_pool, "start", lambda call, done: late.append(call))
-        await put(store, b"k", BIG, is_urgent=True)
-    files.calls.clear()
-    await store.keyspace.flush()
-    assert [call for call in files.calls if call in ("datasync", "commit")] == ["datasync", "commit"]
-    late[0]()  # its turn comes now
-    assert files.calls.count("datasync") == 1
-    assert read_entry(store, b"k") == string(BIG)
-    late.clear()
-    await store.close()
-    assert findings(tmp_path) == []
-
-
 async def test_a_sync_that_fails_while_it_comes_in_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvdb.store.receive.SYNC_BYTES", 200_000)
     files = FailingFiles()

@@ -53,6 +53,54 @@ async def test_what_is_cancelled_before_its_turn_is_not_run(one: Threads) -> Non
     assert not ran and first.cancelled()
 
 
+async def test_a_thread_goes_on_once_the_loop_was_told(one: Threads) -> None:
+    may_end = threading.Event()
+    seen: list[object] = []
+
+    def go_on() -> None:
+        assert may_end.wait(10)
+        seen.append(threading.get_ident())
+
+    mine = await one.run(threading.get_ident, go_on)  # answered, though the thread is not done
+    behind = one.run(lambda: seen.append("behind"))
+    await asyncio.sleep(0.05)
+    assert not seen
+    may_end.set()
+    await behind
+    assert seen == [mine, "behind"]
+
+
+async def test_it_does_not_go_on_after_an_error_or_a_cancelled_call(one: Threads) -> None:
+    went_on: list[int] = []
+
+    def fail() -> None:
+        raise OSError(5, "broken")
+
+    with pytest.raises(OSError, match="broken"):
+        await one.run(fail, lambda: went_on.append(1))
+    gate = threading.Event()
+    first = one.run(gate.wait)
+    one.run(lambda: None, lambda: went_on.append(2)).cancel()
+    gate.set()
+    await first
+    await one.run(lambda: None)
+    assert not went_on
+
+
+async def test_each_call_has_a_thread_while_there_are_some() -> None:
+    threads = Threads(asyncio.get_running_loop(), 4, "test")
+    gates = [threading.Event() for _ in range(4)]
+    calls = [threads.run(lambda gate=gate: (gate.wait(10), threading.get_ident())[1]) for gate in gates]  # type: ignore[misc]
+    fifth = threads.run(threading.get_ident)
+    await asyncio.sleep(0.05)
+    assert not fifth.done()
+    for gate in gates:
+        gate.set()
+    found = await asyncio.gather(*calls)
+    assert len(set(found)) == 4 and await fifth in found
+    threads.close()
+
+
 async def test_nothing_is_kept_between_calls(one: Threads) -> None:
     class Large:
         pass
