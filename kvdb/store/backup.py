@@ -21,8 +21,8 @@ from kvdb.store.files import Files
 from kvdb.store.index import Index
 from kvdb.store.lock import Lock
 from kvdb.store.rows import SegmentRow
-from kvdb.store.segments import gaps, live_extents, merged, segment_name
-from kvdb.store.work import Extent
+from kvdb.store.segments import gaps, live_extents, segment_name
+from kvdb.store.work import Extent, merged
 from kvdb_protocol.record import SEGMENT_HEADER_BYTES
 
 CHUNK_BYTES = 4 << 20

@@ -8,10 +8,11 @@ Pins are in memory only: after a crash nobody reads any more, and start-up gives
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from kvdb.store.work import Extent
+from kvdb.store.work import Extent, merged
 
 
 class Pin:
@@ -60,7 +61,8 @@ class Pins:
         with self._lock:
             self._forget_released()
             extents, files = [*self._late, *freed], [*self._late_files, *emptied]
-            self._late = [extent for extent in extents if self._is_held(extent)]
+            is_held = self._asker()
+            self._late = [extent for extent in extents if is_held(extent)]
             self._late_files = [segment for segment in files if segment in self._held]
             late, late_files = set(self._late), set(self._late_files)
             return [one for one in extents if one not in late], [one for one in files if one not in late_files]
@@ -79,7 +81,7 @@ class Pins:
                 return False
             self._forget_released()
             return any(segment not in self._held for segment in self._late_files) or not all(
-                self._is_held(extent) for extent in self._late
+                map(self._asker(), self._late)
             )
 
     def _forget_released(self) -> None:
@@ -92,5 +94,24 @@ class Pins:
             if not held:
                 del self._held[extent.segment]
 
-    def _is_held(self, extent: Extent) -> bool:
-        return any(extent.overlaps(one) for one in self._held.get(extent.segment, ()))
+    def _asker(self) -> Callable[[Extent], bool]:
+        """What says whether a pin lies on a range; to compare each range with each pin takes too long for many."""
+        held_parts: dict[int, list[Extent]] = {}
+
+        def is_held(extent: Extent) -> bool:
+            held = self._held.get(extent.segment)
+            if held is None:
+                return False
+            if extent in held:
+                return True
+            parts = held_parts.get(extent.segment)
+            if parts is None:
+                parts = held_parts[extent.segment] = merged(held)
+            at = bisect_left(parts, extent.end, key=_offset)  # the first part that begins behind it
+            return at > 0 and parts[at - 1].end > extent.offset
+
+        return is_held
+
+
+def _offset(extent: Extent) -> int:
+    return extent.offset

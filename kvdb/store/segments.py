@@ -22,7 +22,7 @@ from kvdb.store.index import Table, Txn, place_key
 from kvdb.store.pins import Pin, Pins
 from kvdb.store.records import Reservation
 from kvdb.store.rows import PlaceRow, SegmentRow
-from kvdb.store.work import Extent
+from kvdb.store.work import Extent, merged
 from kvdb_protocol.record import SEGMENT_HEADER_BYTES, encode_segment_header
 
 log = logging.getLogger("kvdb.store")
@@ -336,19 +336,6 @@ class Segments:
             self._active.clear()
             self._spare.clear()
             self._full.clear()
-
-
-def merged(extents: Sequence[Extent]) -> list[Extent]:
-    """The same ranges of one segment with neighbours joined, in order."""
-    result: list[Extent] = []
-    for extent in sorted(extents):
-        if result and result[-1].offset + result[-1].n_bytes >= extent.offset:
-            last = result[-1]
-            end = max(last.offset + last.n_bytes, extent.offset + extent.n_bytes)
-            result[-1] = Extent(last.segment, last.offset, end - last.offset)
-        else:
-            result.append(extent)
-    return result
 
 
 def live_extents(txn: Txn, segment_id: int) -> list[Extent]:

@@ -41,6 +41,19 @@ class Extent(NamedTuple):
         return [extent for extent in (before, behind) if extent.n_bytes > 0]
 
 
+def merged(extents: Iterable[Extent]) -> list[Extent]:
+    """The same ranges of one segment with neighbours joined, in order."""
+    result: list[Extent] = []
+    for extent in sorted(extents):
+        if result and result[-1].end >= extent.offset:
+            last = result[-1]
+            end = max(last.end, extent.end)
+            result[-1] = Extent(last.segment, last.offset, end - last.offset)
+        else:
+            result.append(extent)
+    return result
+
+
 @dataclass(slots=True)
 class Work:
     """Effects of one item, or of a whole round after `merge`.
