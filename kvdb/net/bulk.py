@@ -124,7 +124,13 @@ async def send(client: Client, reply: Pieces) -> None:
 async def _send_string(client: Client, string: HeldString) -> None:
     buffers, strings = client.server.send_buffers, client.server.store.strings
     n_bytes = place_of(string).n_bytes
-    buffer = buffers.take(may_be_large=not client.is_encrypted)
+    try:
+        buffer = buffers.take(may_be_large=not client.is_encrypted)
+    except OSError as no_memory:
+        problem = as_kvdb_error(no_memory, "a buffer to send from")
+        client.server.count_error(problem.word)
+        client.write(encode_error(problem.wire))
+        return
     sent = 0
     try:
         reader = await strings.open(string)
@@ -144,7 +150,7 @@ async def _send_string(client: Client, string: HeldString) -> None:
                 client.write(buffer[start:end])
                 if client.has_unsent:
                     await client.drained()
-                    if client.has_unsent:  # with TLS it may hold some even then
+                    if sent < n_bytes and client.has_unsent:  # with TLS it may hold some even then
                         buffers.drop(buffer)
                         buffer = buffers.take(may_be_large=False)
                 await asyncio.sleep(0)  # others get their turn

@@ -1,9 +1,9 @@
 """What large strings are sent from: buffers that begin a page and are kept, of which few are large.
 
 A string that is read and written by 4 MiB reaches a client of the same machine in three quarters of the time that it
-takes by 256 KiB: while one write goes on, the kernel uses the memory of what the client has taken again at once, for
-the processor that still has it at hand. But a client that does not read keeps its buffer. So there is a fixed number of
-large ones, and who finds none free sends from a small one.
+takes by 256 KiB: while one write goes on, the kernel uses the memory of what the client has taken again, on the same
+processor. But a client that does not read keeps its buffer. So no more than a few large ones are given out, and who
+finds none free sends from a small one.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ class SendBuffers:
         self._n_large = 0  # given out
 
     def take(self, *, may_be_large: bool) -> memoryview:
-        """A buffer, to be given back or dropped. What is in it means nothing."""
+        """A buffer, to be given back or dropped. What is in it means nothing. Raises OSError if there is no memory."""
         if not may_be_large or self._n_large >= N_LARGE:
             return _new(PIECE_BYTES)
+        buffer = self._free.pop() if self._free else _new(LARGE_BYTES)
         self._n_large += 1
-        return self._free.pop() if self._free else _new(LARGE_BYTES)
+        return buffer
 
     def give_back(self, buffer: memoryview) -> None:
         """Nobody reads from it or writes to it any more."""

@@ -131,7 +131,7 @@ class HeldString:
 
 # A string of this size is worth a record: LMDB needs a run of free pages for it and never shrinks; segments do.
 LARGE_STRING_BYTES = 64 << 10
-# What is read and checked at a time of a large string. Also what a client that does not read costs in memory.
+# What is checked at a time of a large string. Also what most clients that do not read cost in memory (send_buffers.py).
 PIECE_BYTES = 256 << 10
 
 LargeValue = StringRef | HeldString

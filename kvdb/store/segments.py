@@ -49,6 +49,8 @@ class _Open:
     position: int
     created_ms: int
     sync_lock: threading.Lock = field(default_factory=threading.Lock)
+    n_begun: int = 0  # syncs, and the number of the last one that succeeded
+    n_synced: int = 0
 
 
 class Segments:
@@ -227,7 +229,7 @@ class Segments:
 
         After a failed sync the kernel may have dropped the bytes and call the next sync a success. It also tells a
         write-back error once, to whichever sync comes first, so those of one segment take turns: the next one finds
-        it abandoned.
+        it abandoned. Who waited while one began and succeeded need not sync again.
         """
         with self._lock:
             segments = [*self._active.values(), *self._full.values()]
@@ -235,11 +237,16 @@ class Segments:
         given_up = OSError(errno.EIO, f"segment {segment_name(segment_id)} was given up after a failed sync")
         if segment is None:
             raise given_up
+        n_begun = segment.n_begun
         with segment.sync_lock:
             if self.is_abandoned(segment_id):
                 raise given_up
+            if segment.n_synced > n_begun:
+                return
+            segment.n_begun += 1
             try:
                 self._files.datasync(segment.fd)
+                segment.n_synced = segment.n_begun
             except BaseException:
                 log.error("sync of segment %s failed: its uncommitted part is given up", segment_name(segment_id))
                 with self._lock:

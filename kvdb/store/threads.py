@@ -9,12 +9,14 @@ several wait at one queue, a call wakes a second one for nothing, and both want 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+log = logging.getLogger("kvdb.store")
 T = TypeVar("T")
 Call = Callable[[], object]
 Done = Callable[[Any, BaseException | None], object]  # result, error
@@ -39,7 +41,8 @@ class Threads:
     def start(self, call: Call, done: Done, then: Call | None = None) -> None:
         """Run `call` in a thread, then `done` with its result, or the exception, on the event loop. From any thread.
 
-        then: what the thread does, without an error, once the loop was told. Raises RuntimeError after `close`.
+        then: what the thread does once the loop was told, if `call` raised nothing; an error of its own is logged.
+        Raises RuntimeError after `close`.
         """
         if not self._threads:
             raise RuntimeError("the threads have ended")
@@ -100,7 +103,11 @@ class Threads:
                 error = raised
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(done, result, error)
-            if then is not None and error is None:
-                then()
             # Nothing is kept until the next call comes: it may be the last reference to something large.
-            del next_call, call, done, then, result, error
+            del next_call, call, done, result
+            if then is not None and error is None:
+                try:
+                    then()
+                except Exception as problem:
+                    log.error("what a thread did behind its call failed", exc_info=problem)
+            del then, error

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvdb.net import bulk
 from kvdb.net.send_buffers import HEAD_BYTES, LARGE_BYTES, N_LARGE, TAIL_BYTES, SendBuffers
-from kvdb.store.entries import PIECE_BYTES
+from kvdb.store.entries import PIECE_BYTES, HeldString, StringRef
 
 
 def sizes(buffers: list[memoryview]) -> list[int]:
@@ -30,3 +37,26 @@ def test_what_is_given_back_is_used_again_and_what_is_dropped_is_not() -> None:
     again = [buffers.take(may_be_large=True) for _ in range(3)]
     assert sizes(again) == [LARGE_BYTES, LARGE_BYTES, PIECE_BYTES]
     assert [bytes(buffer[:4]) for buffer in again] == [b"kept", bytes(4), bytes(4)]
+
+
+async def test_without_memory_there_is_an_error_reply_and_no_buffer_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers = SendBuffers()
+    written: list[bytes] = []
+    counted: list[str] = []
+    server = SimpleNamespace(
+        send_buffers=buffers, store=SimpleNamespace(strings=None), count_error=lambda word: counted.append(word)
+    )
+    client: Any = SimpleNamespace(server=server, is_encrypted=False, write=written.append)
+    string = HeldString(1 << 20)
+    string.complete(StringRef(1, 4096, 1 << 20, bytes(16), b""), 0, True, lambda _: None)
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", no_memory)
+        for _ in range(2 * N_LARGE):
+            await bulk._send_string(client, string)
+    assert len(written) == len(counted) == 2 * N_LARGE
+    assert all(one.startswith(b"-") and b"a buffer to send from" in one for one in written), written
+    assert sizes([buffers.take(may_be_large=True)]) == [LARGE_BYTES]

@@ -419,6 +419,27 @@ async def test_a_sync_without_memory_is_a_failed_sync(tmp_path: Path) -> None:
     assert findings(tmp_path) == []
 
 
+async def test_strings_that_wait_for_one_sync_share_the_next(tmp_path: Path) -> None:
+    files = GatedFiles()
+    store = await open_store(tmp_path, files)
+    await put(store, b"a", OTHER)
+    await store.keyspace.flush()
+    files.then = lambda: None
+    await put(store, b"a", BIG, is_urgent=True)
+    await files.reached()
+    files.calls.clear()
+    for key in (b"b", b"c", b"d"):  # behind it in the same segment, each in a thread of its own
+        await put(store, key, OTHER, is_urgent=True)
+    await asyncio.sleep(0.05)
+    files.may_end.set()
+    await store.keyspace.flush()
+    before_commit = files.calls[: files.calls.index("commit")]
+    assert before_commit.count("datasync") == 2, "the first one, and one for the three that came meanwhile"
+    assert all(read_entry(store, key) == string(OTHER) for key in (b"b", b"c", b"d"))
+    await store.close()
+    assert findings(tmp_path) == []
+
+
 async def test_a_sync_that_fails_while_it_comes_in_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvdb.store.receive.SYNC_BYTES", 200_000)
     files = FailingFiles()

@@ -87,6 +87,35 @@ async def test_it_does_not_go_on_after_an_error_or_a_cancelled_call(one: Threads
     assert not went_on
 
 
+async def test_what_fails_behind_a_call_is_logged_and_nothing_is_kept_meanwhile(
+    one: Threads, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Large:
+        pass
+
+    gone: list[weakref.ref[Large]] = []
+    seen: list[object] = []
+
+    def fail() -> None:
+        seen.append(gone[0]())
+        raise OSError(5, "broken")
+
+    def start() -> asyncio.Future[None]:
+        large = Large()
+        gone.append(weakref.ref(large))
+
+        def call() -> None:
+            assert large is not None
+
+        return one.run(call, fail)
+
+    await start()
+    await one.run(lambda: None)
+    assert seen == [None]
+    assert "behind its call failed" in caplog.text and "broken" in caplog.text
+    assert await one.run(lambda: 7) == 7, "the thread goes on"
+
+
 async def test_each_call_has_a_thread_while_there_are_some() -> None:
     threads = Threads(asyncio.get_running_loop(), 4, "test")
     gates = [threading.Event() for _ in range(4)]

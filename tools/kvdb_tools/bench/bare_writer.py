@@ -28,7 +28,11 @@ class BareWriter:
         command = [sys.executable, "-P", "-c", code, str(self._path)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
-        self.port = int(self._process.stdout.readline())
+        try:
+            self.port = int(self._process.stdout.readline())
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -107,7 +107,7 @@ def memory_growth(pid: int, found: list[int]) -> Iterator[None]:
 
 
 def run(settings: Settings) -> Result:
-    """Measure everything; about two minutes and 4 GB of disk."""
+    """Measure everything; about three minutes and 8 GB of disk."""
     sizes = QUICK_SIZES if settings.quick else SIZES
     result = Result(
         title="large values, every write durable",
