@@ -4,7 +4,7 @@ python tests/show/fairness.py [--quick]
 
 Each client has four connections and on each a PREFILL of as many tokens, all different, on a session of its own. When
 the requests have come about half way, ENGINE STATUS tells how far each is: the progress of the clients is compared.
-It moves by chunks of 256 tokens: with requests of two chunks, one chunk more and one less is a factor of 1.67 already.
+It moves by chunks of 256 tokens, one or two a turn: with requests of four chunks that alone can be a factor of 1.67.
 Then half of the clients disconnect; the others must finish, no work may be left over, and what the vanished clients had
 must still be usable.
 """
@@ -214,7 +214,7 @@ def limits(call: Caller, daemon: Daemon, vocab: int) -> list[tuple[str, str, boo
 @click.command()
 @click.option("--quick", is_flag=True, help="6 clients with one request each.")
 @click.option("--clients", "n_clients", default=50, show_default=True)
-@click.option("--tokens", "n_tokens", default=1024, show_default=True, help="Of each request.")
+@click.option("--tokens", "n_tokens", default=2048, show_default=True, help="Of each request.")
 @click.option("--model", default="dsv4-nano", show_default=True)
 def main(quick: bool, n_clients: int, n_tokens: int, model: str) -> None:
     """Print one line a claim; exit 1 when one does not hold."""
