@@ -105,7 +105,7 @@ PARAMETERS: dict[str, Parameter] = {
         _p("http-port", "int", 0, "HTTP port (8374 by custom), 0 for none", live=False, high=65535),
         _p("protected-mode", "bool", True, "refuse other machines while there is no password"),
         _p("tcp-backlog", "int", 511, "connections the system may queue", live=False),
-        _p("tcp-keepalive", "seconds", 300, "seconds between probes of a silent connection, 0 for none"),
+        _p("tcp-keepalive", "seconds", 300, "seconds between probes of another machine that is silent, 0 for none"),
         _p("timeout", "seconds", 0, "close a connection that is idle for so many seconds, 0 for never"),
         _p("maxclients", "int", 10000, "connections at most", low=1, high=1_000_000),
         _p("proto-max-bulk-len", "bytes", 512 << 20, "largest value a client may send", low=1 << 20),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import resource
 import socket
 import ssl
@@ -144,17 +145,22 @@ def raise_file_limit(maxclients: int) -> None:
         log.warning("only %d of %d clients fit: raise the limit of open files", allowed - _OWN_DESCRIPTORS, maxclients)
 
 
-def tune(sock: socket.socket, keepalive_seconds: int) -> None:
+def tune(sock: socket.socket, keepalive_seconds: int, *, is_local: bool) -> None:
     """Set up an accepted TCP socket: no delay, keepalive probes, and a congestion control that does not throttle.
 
+    is_local: whether its other end is on this machine.
     The default on some systems (bbr) holds loopback bulk traffic at a quarter of what reno reaches.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if keepalive_seconds:
+    # When a process of this machine ends, the kernel says so. Probes of thousands of its connections at once overflow
+    # the loopback device's queue (1,000 packets), and after three that were lost a connection that is well is cut.
+    if keepalive_seconds and not is_local:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, keepalive_seconds)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, keepalive_seconds // 3))
+            # Not all at once either, if all came at once.
+            idle = max(1, round(keepalive_seconds * random.uniform(0.5, 1)))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, idle // 3))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
         # What a client does not read would fill megabytes of the kernel's memory for each such client, and filling them
@@ -167,9 +173,19 @@ def tune(sock: socket.socket, keepalive_seconds: int) -> None:
             log.debug("no reno congestion control here")
 
 
+def is_local(client: Client) -> bool:
+    """Whether the client's end of a TCP connection is on this machine."""
+    host = _host(client.peer)
+    return host.startswith("127.") or host == _host(client.local)
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0].strip("[]").removeprefix("::ffff:")
+
+
 def protected_mode_refusal(server: Server, client: Client) -> str | None:
     """The error line for another machine's connection while there is no password; None if it may come in."""
     if client.listener == "unix" or not server.config.flag("protected-mode") or not server.acl.default.is_nopass:
         return None
-    host = client.peer.rpartition(":")[0].strip("[]").removeprefix("::ffff:")
+    host = _host(client.peer)
     return None if host.startswith("127.") or host in ("::1", "") else _DENIED

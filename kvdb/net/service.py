@@ -245,7 +245,7 @@ class Server:
         client.parser.max_bulk_bytes = self.config.number("proto-max-bulk-len")
         self.clients[client.id] = client
         if sock is not None and client.listener != "unix":
-            listeners.tune(sock, self.config.number("tcp-keepalive"))
+            listeners.tune(sock, self.config.number("tcp-keepalive"), is_local=listeners.is_local(client))
         return None
 
     def send_soon(self, client: Client) -> None:

@@ -10,12 +10,14 @@ import stat
 import subprocess
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kvdb.acl import Acl
 from kvdb.config import from_pairs
-from kvdb.net.listeners import protected_mode_refusal
+from kvdb.net.listeners import is_local, protected_mode_refusal, tune
 
 from .conftest import StartDaemon, Wire, free_port, request
 
@@ -33,6 +35,39 @@ def test_tcp_and_ipv6(start: StartDaemon) -> None:
         pytest.skip("no IPv6 here")
     sock.sendall(request("CLIENT", "INFO"))
     assert b"addr=[::1]:" in sock.recv(1000)
+
+
+def test_probes_of_silent_connections() -> None:
+    """None on this machine: a burst of probes overflows the loopback device, and connections that are well are cut."""
+    found = []
+    for local in (False, False, True):
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+            sock, _ = server.accept()
+            with sock:
+                tune(sock, 30_000, is_local=local)
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) is not local
+                if hasattr(socket, "TCP_KEEPIDLE") and not local:
+                    idle = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+                    assert 150_00 <= idle <= 30_000
+                    found.append(idle)
+    assert len(set(found)) == len(found), "not all at the same moment"
+
+
+@pytest.mark.parametrize(
+    ("peer", "local", "expected"),
+    [
+        ("127.0.0.2:4711", "127.0.0.1:6374", True),
+        ("[::1]:4711", "[::1]:6374", True),
+        ("[::ffff:127.0.0.1]:4711", "[::ffff:127.0.0.1]:6374", True),
+        ("10.0.0.7:4711", "10.0.0.7:6374", True),
+        ("10.0.0.8:4711", "10.0.0.7:6374", False),
+        ("[fe80::2]:4711", "[fe80::1]:6374", False),
+    ],
+)
+def test_who_is_on_this_machine(peer: str, local: str, expected: bool) -> None:
+    client: Any = SimpleNamespace(peer=peer, local=local)
+    assert is_local(client) is expected
 
 
 def test_unix_socket_permissions(start: StartDaemon) -> None:
