@@ -151,20 +151,22 @@ async def _send_string(client: Client, string: HeldString) -> None:
                 if client.has_unsent:
                     await client.drained()
                     if sent < n_bytes and client.has_unsent:  # with TLS it may hold some even then
+                        fresh = buffers.take(may_be_large=False)
                         buffers.drop(buffer)
-                        buffer = buffers.take(may_be_large=False)
+                        buffer = fresh
                 await asyncio.sleep(0)  # others get their turn
         finally:
             reader.close()
-    except KvdbError as error:
-        client.server.count_error(error.word)
+    except (KvdbError, OSError) as error:
+        problem = as_kvdb_error(error, "a buffer to send from")
+        client.server.count_error(problem.word)
         if sent:
             log.error(
-                "client %d (%s) closed after %d of %d bytes: %s", client.id, client.peer, sent, n_bytes, error.wire
+                "client %d (%s) closed after %d of %d bytes: %s", client.id, client.peer, sent, n_bytes, problem.wire
             )
             client.abort()
         else:
-            client.write(encode_error(error.wire))
+            client.write(encode_error(problem.wire))
     except BaseException:  # a thread may be reading into it, or the transport hold it
         buffers.drop(buffer)
         raise

@@ -60,3 +60,44 @@ async def test_without_memory_there_is_an_error_reply_and_no_buffer_less(monkeyp
     assert len(written) == len(counted) == 2 * N_LARGE
     assert all(one.startswith(b"-") and b"a buffer to send from" in one for one in written), written
     assert sizes([buffers.take(may_be_large=True)]) == [LARGE_BYTES]
+
+
+async def test_without_memory_for_the_next_buffer_the_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TLS: what was written may still be in use, and the length has been promised."""
+    called: list[str] = []
+
+    class Reader:
+        def read_cached(self, _start: int, _room: memoryview) -> int:
+            monkeypatch.setattr(mmap, "mmap", no_memory)  # from the first piece on
+            return PIECE_BYTES
+
+        def close(self) -> None:
+            called.append("closed")
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    async def open_reader(_: object) -> Reader:
+        return Reader()
+
+    async def drained() -> None:
+        called.append("drained")
+
+    buffers = SendBuffers()
+    server = SimpleNamespace(
+        send_buffers=buffers,
+        store=SimpleNamespace(strings=SimpleNamespace(open=open_reader)),
+        count_error=called.append,
+    )
+    client: Any = SimpleNamespace(
+        server=server, is_encrypted=True, has_unsent=True, id=1, peer="there", drained=drained,
+        write=lambda data: called.append(str(len(data))), abort=lambda: called.append("aborted"),
+    )  # fmt: skip
+    string = HeldString(1 << 20)
+    string.complete(StringRef(1, 4096, 1 << 20, bytes(16), b""), 0, True, lambda _: None)
+    await bulk._send_string(client, string)
+    assert called[:3] == [str(len(b"$1048576\r\n") + PIECE_BYTES), "drained", "closed"] and called[-1] == "aborted"
+    monkeypatch.undo()
+    assert sizes([buffers.take(may_be_large=True) for _ in range(N_LARGE + 1)]) == [LARGE_BYTES] * N_LARGE + [
+        PIECE_BYTES
+    ]
